@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the data: which order is followed since when, the next step, and the samples found damaged."""
+"""What a checkpoint holds of the data: the orders that are followed, the next step, and the samples found damaged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Quarantined(TypedDict):
 class Segment:
     """From `first_step` on, the run follows the order that these arguments fix (see `data.order.Order`).
 
-    `first_sample` is the number of samples of all earlier segments: sample numbers, and with them the noise, stay unique
-    over a change of data even when the earlier dataset is gone.
+    `first_sample` is the number of samples of all earlier segments: sample numbers, and with them the noise, stay
+    unique over a change of data even when the earlier dataset is gone.
     """
 
     first_step: int
@@ -59,17 +59,17 @@ class DataState:
         return [segment for segment in self.segments if segment.first_step <= step][-1]
 
     def check(self, fingerprint: str, step: int | None = None) -> None:
-        """Raise DataError when the dataset with this fingerprint is not the one that `step` (default: position) needs."""
+        """DataError when the dataset with this fingerprint is not the one that `step` (default: position) needs."""
         segment = self.segment(step)
         if segment.fingerprint != fingerprint:
             raise DataError(
                 f"the dataset is not the one of this run: its fingerprint is {fingerprint}, the run follows "
-                f"{segment.fingerprint} since step {segment.first_step}. Point the run at the dataset that it started with, "
-                "or start a new run on this one"
+                f"{segment.fingerprint} since step {segment.first_step}. Point the run at the dataset that it started "
+                "with, or start a new run on this one"
             )
 
     def absorb(self, quarantine: list[Quarantined]) -> None:
-        """Add what other ranks found (each rank sees only its own samples); an entry that is known is not added twice."""
+        """Add what other ranks found (each sees only its own samples); a known entry is not added twice."""
         known = {(entry["step"], entry["key"]) for entry in self.quarantine}
         for entry in quarantine:
             if (entry["step"], entry["key"]) not in known:

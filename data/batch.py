@@ -1,0 +1,88 @@
+"""What a training step eats: one micro-batch of one rank, in the model's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.clip import AUDIO_CHANNELS, VIDEO_CHANNELS, Bucket, EncodedClip
+
+MASK_CHANNELS = 4  # of the condition, before its latents: 1 where the picture is given
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One slot of a batch. A damaged sample has no clip and no text, and weight 0."""
+
+    key: str
+    number: int  # global sample number
+    weight: float
+    clip: EncodedClip | None
+    text: Tensor | None  # [L, D] bfloat16, unpadded
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank; B samples of one bucket (T, H, W latent, La latent audio steps)."""
+
+    step: int
+    bucket: Bucket
+    keys: list[str]
+    sample_numbers: np.ndarray  # [B] int64, global: noise and timesteps are keyed by them
+    video: Tensor  # [B, 16, T, H, W] bfloat16, zeros where there is no video
+    audio: Tensor  # [B, 128, La] bfloat16, zeros where there is no audio
+    condition: Tensor  # [B, 20, T, H, W] bfloat16: 4 mask channels (1 on latent frame 0), 16 latent channels
+    text: Tensor  # [B, text_length, D] bfloat16, zero-padded
+    empty_text: Tensor  # [text_length, D] bfloat16, the encoded empty prompt, zero-padded
+    weight: Tensor  # [B] float32, 0 for left-over slots and damaged samples
+    video_weight: Tensor  # [B] float32, 0 where the sample has no video
+    audio_weight: Tensor  # [B] float32, 0 where the sample has no audio
+    total_weight: float  # samples of the global batch, damaged ones included: known on every rank without a reduction
+
+
+def assemble(
+    step: int, bucket: Bucket, samples: Sequence[Sample], empty_text: Tensor, text_length: int, total_weight: float
+) -> Batch:
+    """Copy samples of one bucket into a Batch. `empty_text` [L0, D]; text beyond `text_length` is cut off."""
+    count, grid = len(samples), (bucket.frames, bucket.height, bucket.width)
+    video = torch.zeros(count, VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
+    audio = torch.zeros(count, AUDIO_CHANNELS, bucket.audio_steps, dtype=torch.bfloat16)
+    condition = torch.zeros(count, MASK_CHANNELS + VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
+    condition[:, :MASK_CHANNELS, 0] = 1
+    text = torch.zeros(count, text_length, empty_text.shape[-1], dtype=torch.bfloat16)
+    for slot, sample in enumerate(samples):
+        if sample.clip is not None:
+            if sample.clip.video is not None:
+                video[slot] = sample.clip.video
+            if sample.clip.audio is not None:
+                audio[slot] = sample.clip.audio.T
+            if sample.clip.condition is not None:
+                condition[slot, MASK_CHANNELS:] = sample.clip.condition
+        if sample.text is not None:
+            text[slot] = pad_text(sample.text, text_length)
+    return Batch(
+        step=step,
+        bucket=bucket,
+        keys=[sample.key for sample in samples],
+        sample_numbers=np.array([sample.number for sample in samples], dtype=np.int64),
+        video=video,
+        audio=audio,
+        condition=condition,
+        text=text,
+        empty_text=pad_text(empty_text, text_length),
+        weight=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+        video_weight=torch.full((count,), float(bucket.has_video)),
+        audio_weight=torch.full((count,), float(bucket.has_audio)),
+        total_weight=total_weight,
+    )
+
+
+def pad_text(text: Tensor, length: int) -> Tensor:
+    """[L, D] -> [length, D]: zero rows are added, or what is beyond `length` is cut off."""
+    padded = text.new_zeros(length, text.shape[-1])
+    padded[: len(text)] = text[:length]
+    return padded
