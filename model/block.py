@@ -1,0 +1,40 @@
+"""The transformer block that both towers are made of, and its modulation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from model.attention import Attention
+from model.rope import Rotary
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, then ·(1 + scale) + shift. x [B, L, d]; shift and scale broadcast to it."""
+    return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, both modulated by time, with unmodulated text cross-attention between.
+
+    Reference: DiTBlock (MOVA, after Wan 2.1).
+    """
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.self_attn = Attention(dim, num_heads, eps)
+        self.cross_attn = Attention(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps=eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor, rotary: Rotary) -> Tensor:
+        """x [B, L, d] tokens, text [B, Lt, d], time [B, 6, d] in at least float32. Returns [B, L, d]."""
+        modulation = (self.modulation + time).to(x.dtype).unsqueeze(2)  # [B, 6, 1, d]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
+        attended = modulate(x, shift_a, scale_a, self.eps)
+        x = x + gate_a * self.self_attn(attended, attended, rotary, rotary)
+        x = x + self.cross_attn(self.norm3(x), text)
+        return x + gate_m * self.ffn(modulate(x, shift_m, scale_m, self.eps))

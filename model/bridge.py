@@ -1,0 +1,172 @@
+"""The Bridge: before a block, both towers look at each other's states from before the Bridge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, layer_norm, linear, silu
+
+from model.attention import Attention, AttentionCore, DenseCore
+from model.rope import Rotary
+
+NORM_EPS = 1e-6
+ADALN_EPS = 1e-5
+STRATEGIES = ("full", "shallow_focus", "distributed", "progressive", "custom")
+CUSTOM_LAYERS = (0, 2, 4, 6, 8, 12, 16, 20)
+
+
+@dataclass
+class BridgeConfig:
+    """Which blocks interact, and how. The defaults are those of the released MOVA-360p.
+
+    `audio_fps`: latent steps of sound a second. ValueError for an unknown strategy.
+    """
+
+    head_dim: int = 128
+    strategy: str = "full"
+    audio_fps: float = 50.0
+    cross_rope: bool = True
+    first_frame_bias: bool = False
+    pooled_adaln: bool = False
+    trainable_condition_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"bridge strategy {self.strategy!r} is not one of {', '.join(STRATEGIES)}")
+        if self.head_dim % 2:
+            raise ValueError(f"bridge head width {self.head_dim} is odd; its RoPE turns halves")
+
+
+def interacting_layers(strategy: str, depth: int) -> list[int]:
+    """Blocks before which the Bridge acts; depth is that of the shorter tower."""
+    if strategy == "full":
+        return list(range(depth))
+    if strategy == "shallow_focus":
+        return list(range(min(10, depth // 3)))
+    if strategy == "distributed":
+        return list(range(0, depth, 3))
+    if strategy == "progressive":
+        return [i for i in range(depth) if i < 8 or (i - 8) % 3 == 0]
+    if strategy == "custom":
+        return [i for i in CUSTOM_LAYERS if i < depth]
+    raise ValueError(f"bridge strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+
+
+class ProbeAttention(nn.Module):
+    """torch's MultiheadAttention with its parameter names, but with the attention seam that the others have."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"pooled AdaLN: video width {dim} does not split into the audio tower's {num_heads} heads")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        self.core: AttentionCore = DenseCore()
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """query [B, 1, d] looks at tokens [B, S, d] -> [B, 1, d]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            linear(x, w, b).unflatten(-1, (self.num_heads, -1))
+            for x, w, b in zip((query, tokens, tokens), weights, biases, strict=True)
+        )
+        return self.out_proj(self.core(q, k, v).flatten(2))
+
+
+class FramePooling(nn.Module):
+    """One learned query pools the tokens of each latent frame."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, dim))
+        self.attention = ProbeAttention(dim, num_heads)
+        self.layernorm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, tokens: Tensor, frames: int) -> Tensor:
+        """tokens [B, T·S, d] -> [B, T, d]."""
+        by_frame = tokens.unflatten(1, (frames, -1)).flatten(0, 1)  # [B·T, S, d]
+        pooled = self.attention(self.probe.expand(by_frame.shape[0], -1, -1), by_frame)
+        return self.layernorm(pooled.squeeze(1).unflatten(0, (-1, frames)))
+
+
+class PooledScaleShift(nn.Module):
+    """(scale, shift) of the asking tower, step by step, from what was pooled of the other."""
+
+    def __init__(self, kv_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(kv_dim, 2 * dim)
+
+    def forward(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """x [B, L, d], pooled [B, L, kv_dim] -> LN(x)·(1 + scale) + shift."""
+        scale, shift = self.linear(silu(pooled)).chunk(2, dim=-1)
+        return layer_norm(x, x.shape[-1:], eps=ADALN_EPS) * (1 + scale) + shift
+
+
+class Conditioner(nn.Module):
+    """One direction at one block: x asks (un-normed, unless pooled AdaLN), LN(y) answers. Returns what is added to x.
+
+    Reference: ConditionalCrossAttentionBlock (MOVA, interactionv2).
+    """
+
+    def __init__(self, dim: int, kv_dim: int, num_heads: int, pooled_adaln: bool) -> None:
+        super().__init__()
+        self.y_norm = nn.LayerNorm(kv_dim, eps=NORM_EPS)
+        self.inner = Attention(dim, num_heads, NORM_EPS, kv_dim=kv_dim)
+        self.per_frame_pooling = FramePooling(kv_dim, num_heads) if pooled_adaln else None
+        self.adaln = PooledScaleShift(kv_dim, dim) if pooled_adaln else None
+
+    def forward(self, x: Tensor, y: Tensor, rotary_x: Rotary | None, rotary_y: Rotary | None, frames: int) -> Tensor:
+        """x [B, L, dim], y [B, Ly, kv_dim]; `frames` of y for pooled AdaLN. Returns [B, L, dim]."""
+        if self.per_frame_pooling is not None and self.adaln is not None:
+            pooled = self.per_frame_pooling(y, frames).transpose(1, 2)  # [B, kv_dim, T]
+            if pooled.shape[-1] != x.shape[1]:
+                pooled = interpolate(pooled, size=x.shape[1], mode="linear", align_corners=False)
+            x = self.adaln(x, pooled.transpose(1, 2))
+        return self.inner(x, self.y_norm(y), rotary_x, rotary_y)
+
+
+class Bridge(nn.Module):
+    """Both directions for every interacting block. Parameter names are the reference's (DualTowerConditionalBridge)."""
+
+    def __init__(self, config: BridgeConfig, video_dim: int, audio_dim: int, depth: int) -> None:
+        super().__init__()
+        for name, dim in (("video", video_dim), ("audio", audio_dim)):
+            if dim % config.head_dim:
+                raise ValueError(f"{name} width {dim} does not split into bridge heads of {config.head_dim}")
+        self.config = config
+        self.layers = interacting_layers(config.strategy, depth)
+        video_heads, audio_heads = video_dim // config.head_dim, audio_dim // config.head_dim
+        self.audio_to_video_conditioners = nn.ModuleDict(
+            {str(i): Conditioner(video_dim, audio_dim, video_heads, False) for i in self.layers}
+        )
+        self.video_to_audio_conditioners = nn.ModuleDict(
+            {str(i): Conditioner(audio_dim, video_dim, audio_heads, config.pooled_adaln) for i in self.layers}
+        )
+        self.condition_scale = nn.Parameter(torch.ones(1)) if config.trainable_condition_scale else None
+
+    def forward(
+        self,
+        layer: int,
+        video: Tensor,
+        audio: Tensor,
+        rotary_video: Rotary | None,
+        rotary_audio: Rotary | None,
+        frames: int,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Bridge before block `layer`: video [B, Lv, dv] and audio [B, La, da], both read from before the Bridge.
+
+        `frames`: latent frames of the video; `scale` [B] multiplies what is added (None: 1).
+        """
+        to_video = self.audio_to_video_conditioners[str(layer)](video, audio, rotary_video, rotary_audio, frames)
+        to_audio = self.video_to_audio_conditioners[str(layer)](audio, video, rotary_audio, rotary_video, frames)
+        for factor in (self.condition_scale, scale):
+            if factor is not None:
+                factor = factor.to(to_video.dtype).view(-1, 1, 1)
+                to_video, to_audio = to_video * factor, to_audio * factor
+        return video + to_video, audio + to_audio

@@ -1,0 +1,150 @@
+"""The joint video-audio transformer: two video experts, one audio tower, one Bridge.
+
+model = JointTransformer(config)
+out = model(video=noisy, audio=noisy_a, condition=y, text=text, t_video=t, t_audio=ta, expert="high")
+out.video, out.audio                                    # velocities, shaped like the inputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention, DenseCore
+from model.bridge import Bridge, BridgeConfig, ProbeAttention
+from model.rope import bridge_rotary
+from model.tower import Tower, TowerConfig
+
+EXPERTS = ("high", "low")
+
+
+@dataclass
+class JointConfig:
+    """Sizes of the whole model. `two_experts` adds the expert for low noise beside that for high noise.
+
+    `text_length`: rows that a caption is zero-padded to; all of them are attended, as in the reference.
+    ValueError when audio is deeper than video (the reference silently skips the blocks in excess) or video is not.
+    """
+
+    video: TowerConfig
+    audio: TowerConfig
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    two_experts: bool = True
+    text_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.video.rope != "video" or self.audio.rope == "video":
+            raise ValueError(
+                f"rope is {self.video.rope!r} for video and {self.audio.rope!r} for audio; see TowerConfig"
+            )
+        if self.audio.num_layers > self.video.num_layers:
+            raise ValueError(
+                f"audio has {self.audio.num_layers} blocks, video only {self.video.num_layers}: "
+                "the blocks in excess would have no partner; make video at least as deep"
+            )
+        if self.video.text_dim != self.audio.text_dim:
+            raise ValueError(f"text_dim differs: video {self.video.text_dim}, audio {self.audio.text_dim}")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the video experts that exist."""
+        return EXPERTS if self.two_experts else EXPERTS[:1]
+
+
+@dataclass
+class Velocities:
+    """What the network says: video [B, 16, T, H, W] and audio [B, C, La] velocities (noise minus clean), or None."""
+
+    video: Tensor | None
+    audio: Tensor | None
+
+
+class JointTransformer(nn.Module):
+    """MOVA's joint diffusion transformer (arXiv 2602.08794, section 3). Children are named as the reference's folders."""
+
+    def __init__(self, config: JointConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.video_dit = Tower(config.video)
+        self.video_dit_2 = Tower(config.video) if config.two_experts else None
+        self.audio_dit = Tower(config.audio)
+        self.dual_tower_bridge = Bridge(config.bridge, config.video.dim, config.audio.dim, config.audio.num_layers)
+
+    def expert(self, name: str) -> Tower:
+        """The video tower called "high" (noise) or "low". ValueError for one that this model does not have."""
+        tower = {"high": self.video_dit, "low": self.video_dit_2}.get(name)
+        if tower is None:
+            raise ValueError(f"expert {name!r} does not exist; this model has {', '.join(self.config.experts)}")
+        return tower
+
+    def use_attention(self, backend: str) -> None:
+        """Take this attention backend (see `model.attention`) in every attention."""
+        for module in self.modules():
+            if isinstance(module, (Attention, ProbeAttention)):
+                module.core = DenseCore(backend)
+
+    def forward(
+        self,
+        *,
+        video: Tensor | None,
+        audio: Tensor | None,
+        condition: Tensor | None,
+        text: Tensor,
+        t_video: Tensor | None,
+        t_audio: Tensor | None,
+        fps: float = 24.0,
+        expert: str = "high",
+        text_audio: Tensor | None = None,
+        bridge_scale: Tensor | None = None,
+    ) -> Velocities:
+        """Velocities of noisy latents; a timestep per sample and modality.
+
+        video [B, 16, T, H, W] with condition [B, 20, T, H, W] (4 mask channels, 16 of the first frame's latents) and
+        t_video [B] in 0..1000; audio [B, C, La] with t_audio [B]; text [B, Lt, D] for both towers unless text_audio
+        is given; bridge_scale [B] multiplies what the Bridge adds. `video` or `audio` may be None: its tower and the
+        Bridge then do not run. Outputs are at least float32.
+        """
+        if video is None and audio is None:
+            raise ValueError("both video and audio are None: there is nothing to do")
+        tower, sound = self.expert(expert), self.audio_dit
+
+        if video is not None:
+            if condition is None or t_video is None:
+                raise ValueError("video needs condition and t_video")
+            grid = tower.token_grid(video)  # (frames, rows, columns) in tokens
+            x = tower.embed(torch.cat((video, condition.to(video.dtype)), dim=1))  # [B, Lv, dv]
+            vector, time = tower.embed_time(t_video)  # [B, dv], [B, 6, dv]
+            context = tower.embed_text(text)
+            rotary = tower.rotary(grid, video.device)
+        if audio is not None:
+            if t_audio is None:
+                raise ValueError("audio needs t_audio")
+            grid_a = sound.token_grid(audio)
+            a = sound.embed(audio)  # [B, La, da]
+            vector_a, time_a = sound.embed_time(t_audio)
+            context_a = sound.embed_text(text if text_audio is None else text_audio)
+            rotary_a = sound.rotary(grid_a, audio.device)
+
+        bridge, bridge_v, bridge_a = self.dual_tower_bridge, None, None
+        bridged = set(bridge.layers) if video is not None and audio is not None else set()
+        if bridged and bridge.config.cross_rope:
+            bridge_v, bridge_a = bridge_rotary(
+                grid[0], grid_a[0], bridge.config.head_dim, fps, bridge.config.audio_fps,
+                bridge.config.first_frame_bias, x.device,
+            )  # fmt: skip
+            bridge_v = bridge_v.repeat(grid[1] * grid[2])
+
+        for i in range(self.config.video.num_layers):
+            if i in bridged:
+                x, a = bridge(i, x, a, bridge_v, bridge_a, grid[0], bridge_scale)
+            if video is not None:
+                x = tower.blocks[i](x, context, time, rotary)
+            if audio is not None and i < self.config.audio.num_layers:
+                a = sound.blocks[i](a, context_a, time_a, rotary_a)
+
+        return Velocities(
+            video=tower.project(x, vector, grid) if video is not None else None,
+            audio=sound.project(a, vector_a, grid_a) if audio is not None else None,
+        )

@@ -1,0 +1,177 @@
+"""One diffusion transformer: stem, blocks, head. Two video experts and the audio tower are instances of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from model.block import Block, modulate
+from model.rope import Rotary, audio_rotary, split_head, video_rotary
+
+MAX_PERIOD = 10000.0
+ROPE_FORMS = ("video", "dac", "oobleck")
+
+
+@dataclass
+class TowerConfig:
+    """Sizes of one tower. The released values: facts of MOVA-360p (two video experts, one audio tower).
+
+    `patch_size` has three entries (frame, row, column) for video and one for audio; `rope` is "video", "dac" or
+    "oobleck" (the legacy audio form). ValueError when the sizes do not fit each other.
+    """
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    in_dim: int
+    out_dim: int
+    text_dim: int
+    freq_dim: int = 256
+    eps: float = 1e-6
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    rope: str = "video"
+
+    def __post_init__(self) -> None:
+        if self.rope not in ROPE_FORMS:
+            raise ValueError(f"rope {self.rope!r} is not one of {', '.join(ROPE_FORMS)}")
+        if len(self.patch_size) != (3 if self.rope == "video" else 1):
+            raise ValueError(f"patch_size {self.patch_size} does not fit rope {self.rope!r}: video has 3, audio 1")
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(f"width {self.dim} does not split into {self.num_heads} heads of even width")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim {self.freq_dim} is odd; the sinusoid has a cosine and a sine half")
+        if self.rope != "dac":
+            split_head(self.head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.num_heads
+
+
+class Float32Linear(nn.Linear):
+    """A Linear that computes in at least float32, whatever its weights are kept in (the time path needs it)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class PatchEmbedding3d(nn.Conv3d):
+    """Video stem. It casts what comes in to its weights' dtype itself: only in here are FSDP's weights gathered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class PatchEmbedding1d(nn.Conv1d):
+    """Audio stem; casts like the video one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class TextEmbedding(nn.Sequential):
+    """Linear, tanh-GELU, Linear on text states; casts like the stems."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(next(self.parameters()).dtype))
+
+
+class Head(nn.Module):
+    """Last modulation and projection to patches. Reference: Head (MOVA), with time per sample done right."""
+
+    def __init__(self, dim: int, out_features: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, L, d], time vector [B, d] -> [B, L, out_features]."""
+        # The reference adds the time vector as [B, d], which mixes the samples of a batch; it needs its own axis.
+        modulation = (self.modulation + time[:, None]).to(x.dtype).unsqueeze(2)  # [B, 2, 1, d]
+        shift, scale = modulation.unbind(1)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class Tower(nn.Module):
+    """Diffusion transformer over the tokens of one modality.
+
+    The joint model drives it piece by piece, since towers and Bridge interleave block by block:
+    `embed` -> `blocks[i]` ... -> `project`. Parameter names are the reference's (WanModel, WanAudioModel).
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch = tuple(config.patch_size)
+        stem: Any = PatchEmbedding3d if len(patch) == 3 else PatchEmbedding1d
+        self.patch_embedding = stem(config.in_dim, config.dim, kernel_size=patch, stride=patch)
+        self.text_embedding = TextEmbedding(config.text_dim, config.dim)
+        self.time_embedding = nn.Sequential(
+            Float32Linear(config.freq_dim, config.dim), nn.SiLU(), Float32Linear(config.dim, config.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(config.dim, 6 * config.dim))
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.num_heads, config.ffn_dim, config.eps) for _ in range(config.num_layers)
+        )
+        self.head = Head(config.dim, config.out_dim * math.prod(patch), config.eps)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, *grid] -> tokens [B, L, d], frame by frame, row by row."""
+        return self.patch_embedding(latents).flatten(2).transpose(1, 2)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Text states [B, Lt, text_dim] -> [B, Lt, d]. Padding rows are embedded and attended like the rest."""
+        return self.text_embedding(text)
+
+    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps t [B] in 0..1000 -> (time vector [B, d], block modulation [B, 6, d]), at least float32."""
+        vector = self.time_embedding(sinusoid(t, self.config.freq_dim))
+        return vector, self.time_projection(vector).unflatten(1, (6, -1))
+
+    def project(self, x: Tensor, time: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Tokens [B, L, d] of a token grid -> velocities [B, C, *latent grid] in float32 or wider."""
+        patches = self.head(x, time)
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        return unpatchify(patches, grid, self.config.patch_size)
+
+    def token_grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Tokens per axis for latents [B, C, *axes]. ValueError when an axis is not a multiple of its patch."""
+        axes = latents.shape[2:]
+        if len(axes) != len(self.config.patch_size) or any(n % p for n, p in zip(axes, self.config.patch_size)):
+            raise ValueError(f"latents {tuple(latents.shape)} do not divide into patches of {self.config.patch_size}")
+        return tuple(n // p for n, p in zip(axes, self.config.patch_size, strict=True))
+
+    def rotary(self, grid: tuple[int, ...], device: torch.device) -> Rotary:
+        """The tower's position table for a token grid, one row a token (cached)."""
+        if self.config.rope == "video":
+            frames, rows, columns = grid
+            return video_rotary((frames, rows, columns), self.config.head_dim, device)
+        return audio_rotary(grid[0], self.config.head_dim, self.config.rope, device)
+
+
+def sinusoid(t: Tensor, freq_dim: int) -> Tensor:
+    """[cos | sin] of t [B] at freq_dim/2 frequencies 10000^(-i/half), in float64: [B, freq_dim]."""
+    half = freq_dim // 2
+    frequencies = MAX_PERIOD ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.to(torch.float64)[:, None] * frequencies
+    return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, ...], patch_size: list[int]) -> Tensor:
+    """[B, L, prod(patch)·C] with channels (patch axes..., C) -> [B, C, *(grid·patch)]."""
+    axes = len(grid)
+    x = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)  # [B, *grid, *patch, C]
+    order = [0, 1 + 2 * axes] + [k for i in range(axes) for k in (1 + i, 1 + axes + i)]
+    return x.permute(order).reshape(x.shape[0], x.shape[-1], *(n * p for n, p in zip(grid, patch_size, strict=True)))

@@ -1,0 +1,37 @@
+"""One distribution: the packages of the MOVA pretraining framework.
+
+    pip install -e .            # with the exact versions: pip install -r requirements.lock
+"""
+
+from setuptools import setup
+
+PACKAGES = ["model", "data", "data.codec", "train", "launch", "tools", "tools.bench", "conf"]
+
+setup(
+    name="mova-pretrain",
+    version="0.1.0",
+    description="Pretraining of MOVA, the joint video-audio diffusion transformer",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=PACKAGES,
+    package_data={"conf": ["*.yaml", "*/*.yaml"]},
+    install_requires=[
+        "torch>=2.11.0",
+        "torchaudio>=2.11.0",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "hydra-core>=1.3.2",
+        "deepspeed>=0.19",
+        "webdataset>=1.0",
+        "av>=14",
+        "decord>=0.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "wandb>=0.19",
+        "rich>=13",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "cuda": ["flash-attn>=2.7"],
+        "encoders": ["diffusers>=0.35", "transformers>=4.50", "ftfy>=6"],
+        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13"],
+    },
+)
