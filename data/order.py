@@ -1,9 +1,9 @@
 """The order of the samples: a pure function of (dataset, batch sizes, seed, window) and of the step.
 
 Each bucket has an endless stream of samples, pass after pass over its shards. A pass permutes the shards, cuts the
-permuted list into windows of `window` shards and shuffles the samples inside each window, so that at any time only a few
-tars are read. The buckets' batches are merged by exact integer arithmetic in proportion to their sizes. Nothing is walked
-and no state is kept: `Order.batch(step)` finds its place in any pass directly, for any step, in any process.
+permuted list into windows of `window` shards and shuffles the samples inside each window, so that at any time only a
+few tars are read. The buckets' batches are merged by exact integer arithmetic in proportion to their sizes. Nothing is
+walked and no state is kept: `Order.batch(step)` finds its place in any pass directly, for any step, in any process.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class _Pass:
 def permutation(count: int, *key: object) -> np.ndarray:
     """Permutation of range(count), [count] int64, fixed by `key`.
 
-    Philox's raw output and a stable sort are the same in every numpy version. `Generator.permutation` is not promised to
-    be, and an order that changed with an upgrade in mid-run would silently repeat and drop samples.
+    Philox's raw output and a stable sort are the same in every numpy version. `Generator.permutation` is not promised
+    to be, and an order that changed with an upgrade in mid-run would silently repeat and drop samples.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
@@ -105,8 +105,9 @@ class Order:
     def counts(self, step: int) -> list[int]:
         """Batches that each bucket has had before `step` (they sum to `step`), in O(buckets · log buckets).
 
-        Batch i of bucket b has the time (2i+1)/rate_b; the merge sorts by time, ties by bucket. With share_b = rate_b/total
-        and B buckets, a count stays within 1/2 + (B-2)/2 · share_b of step · share_b: its own rounding and the others'.
+        Batch i of bucket b has the time (2i+1)/rate_b; the merge sorts by time, ties by bucket. With B buckets and
+        share_b = rate_b/total, a count stays within 1/2 + (B-2)/2 · share_b of step · share_b: its own rounding and the
+        others'.
         """
         counts, _ = self._merge(step)
         return counts

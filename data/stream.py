@@ -1,7 +1,7 @@
 """The loader: the micro-batches of one rank, step by step, read ahead by one background thread.
 
-The global batches come from `data.order` and know nothing of ranks; ranks only share the reading. Slot s of a batch goes
-to rank s % dp_world, so that every number of ranks up to the batch gives the same samples, numbers and weights per step.
+The global batches come from `data.order` and know nothing of ranks; ranks only share the reading. Slot s of a batch
+goes to rank s % dp_world, so any number of ranks up to the batch gives the same samples, numbers and weights per step.
 
     with Stream(index, state, dp_rank=0, dp_world=2, micro_batch=1, text_length=512, transform=prepare) as stream:
         micro_batches = next(stream)        # state.position is now the following step
@@ -143,8 +143,8 @@ class Stream(Generic[T]):
             return
         last = "; ".join(f"{entry['key']} in {entry['shard']} ({entry['reason']})" for entry in damaged[-3:])
         self._failure = DataError(
-            f"{len(damaged)} of {ready.seen} samples are damaged at step {ready.step}, the budget is {self._budget:.3%} of "
-            f"them (1 at least). The last: {last}. Restore these shards of {self._index.root} from their source or "
+            f"{len(damaged)} of {ready.seen} samples are damaged at step {ready.step}, allowed are {self._budget:.3%} "
+            f"(1 at least). The last: {last}. Restore these shards of {self._index.root} from their source or "
             "prepare them again, then resume; or raise quarantine_budget"
         )
         raise self._failure
