@@ -22,7 +22,7 @@ from data.index import EMPTY_TEXT
 class ShardWriter:
     """Distributes samples to shards by bucket, `samples_per_shard` each.
 
-    A context manager: leaving it closes the last, shorter shards; leaving it by an exception removes the unfinished ones.
+    A context manager: leaving it closes the last, shorter shards; an exception removes the unfinished ones.
     """
 
     def __init__(self, root: Path, samples_per_shard: int, captioner: str = "builtin"):
@@ -42,7 +42,7 @@ class ShardWriter:
         self._open.clear()
 
     def write(self, clip: EncodedClip, bucket: Bucket, caption: str, text: Tensor) -> None:
-        """Append a sample; its json gets the bucket. text: [L, D]. ValueError for a key with a dot or over 24 letters."""
+        """Append a sample; its json gets the bucket. text: [L, D]. ValueError: a key with a dot or over 24 letters."""
         if "." in clip.key or not 0 < len(clip.key.encode()) <= 24:
             raise ValueError(f"key {clip.key!r} must have 1 to 24 letters and no dot")
         if bucket not in self._open:

@@ -1,0 +1,323 @@
+"""Renders mp4 clips whose picture and sound have exactly synchronous, known events.
+
+    python -m data.synthesize output=clips clips=200
+
+Three kinds: a ball that bounces with independent hop durations, two balls that collide with each other and with the
+walls, and a ticking pendulum. Pitch follows hue, loudness follows the speed of the impact. Beside `clip-000000.mp4`
+lie `clip-000000.json` (the truth: events in seconds, kind, colour, pitch) and `clip-000000.txt` (a caption).
+A clip is a pure function of (settings, seed, its number); finished clips are kept when the command runs again.
+"""
+
+import colorsys
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import hydra
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.errors import DataError
+
+KINDS = ("bounce", "collide", "tick")
+VERSION = 1  # raised whenever the same settings give other clips
+GAPS = (0.45, 1.0)  # seconds between events: far enough apart that each is heard alone
+EDGES = (0.12, 0.14)  # no event that close to the start or the end: half of it would be cut off
+PITCHES = (300.0, 900.0)  # Hz, from hue 0 to HUES; low enough to be learnable from 20 ms audio steps
+HUES = 0.8  # of the circle, so that the lowest and the highest pitch have different colours
+THUMP = 45.0  # Hz: beside the tone, it makes the sign of the lowest coefficients predictable from the picture
+BACKGROUND = np.array([62, 64, 72], dtype=np.float64)
+FURNITURE = np.array([150, 150, 158], dtype=np.float64)
+SOFT = 1.5  # px over which the edge of a ball fades
+COLOURS = (
+    (0.04, "red"),
+    (0.11, "orange"),
+    (0.19, "yellow"),
+    (0.42, "green"),
+    (0.54, "cyan"),
+    (0.69, "blue"),
+    (1, "purple"),
+)
+
+
+@dataclass
+class SynthesizeConfig:
+    """Settings of the program."""
+
+    output: str = MISSING  # folder of the clips
+    clips: int = MISSING  # how many
+    seed: int = 0
+    frames: int = 49  # a clip
+    fps: float = 24
+    height: int = 64  # pixels
+    width: int = 64
+    sample_rate: int = 48000  # of the sound; 48000 or 16000
+    workers: int = 0  # processes; 0 = one a core
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that is random in one clip. Lengths are in pixels, times in seconds, angles in radians."""
+
+    kind: str
+    hue: float
+    colour: tuple[int, int, int]
+    pitch: float
+    radius: float
+    impacts: tuple[float, ...]  # times of all turning points, the first before 0 and the last after the end
+    position: float  # bounce: x at time 0; collide: y of the balls; tick: the pendulum's amplitude
+    drift: float  # bounce: px/s sideways
+
+    def events(self, seconds: float) -> list[dict[str, float]]:
+        """Events inside the clip: time, pitch (Hz), loudness (0..1, by the speed of the impact)."""
+        found = []
+        for before, time in zip(self.impacts[:-1], self.impacts[1:], strict=True):
+            if 0 <= time < seconds:
+                gap = time - before
+                # a ball hits the floor with speed g·gap/2; the others cross a fixed distance in that time
+                loudness = gap / GAPS[1] if self.kind == "bounce" else GAPS[0] / gap
+                found.append({"time": time, "pitch": self.pitch, "loudness": loudness})
+        return found
+
+
+def draw_scene(seed: int, number: int, seconds: float, height: int, width: int) -> Scene:
+    """The scene of clip `number`. DataError when the clip is too short for an event."""
+    random = np.random.Generator(np.random.Philox(key=[seed % 2**64, number]))
+    kind = KINDS[number % len(KINDS)]
+    hue = random.uniform(0, HUES)
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65, 0.95)
+    unit = min(height, width) / 64
+    radius = unit * (random.uniform(9, 11) if kind != "collide" else random.uniform(7.5, 9))
+    tick = random.uniform(*GAPS)
+    for _ in range(1000):
+        times = [-tick * random.uniform(0, 1)]
+        while times[-1] <= seconds:
+            times.append(times[-1] + (tick if kind == "tick" else random.uniform(*GAPS)))
+        if random.uniform(0, 1) < 0.5:  # pendulum and balls then begin the other way round
+            times.insert(0, times[0] - tick)
+        inside = [time for time in times if 0 <= time <= seconds]
+        if inside and inside[0] >= EDGES[0] and inside[-1] <= seconds - EDGES[1]:
+            break
+    else:
+        raise DataError(f"clips of {seconds:.2f} s are too short for events {GAPS[0]} s apart; give more frames")
+    position = {
+        "bounce": random.uniform(radius, width - radius),
+        "collide": random.uniform(1.5 * radius, height - 1.5 * radius),
+        "tick": random.uniform(0.4, 0.55),
+    }[kind]
+    return Scene(
+        kind=kind,
+        hue=hue,
+        colour=(round(255 * red), round(255 * green), round(255 * blue)),
+        pitch=PITCHES[0] * (PITCHES[1] / PITCHES[0]) ** (hue / HUES),
+        radius=radius,
+        impacts=tuple(times),
+        position=position,
+        drift=random.uniform(-8, 8) * unit,
+    )
+
+
+def balls_at(scene: Scene, time: float, height: int, width: int) -> list[tuple[float, float]]:
+    """Centres (x, y) of the balls at `time`, in pixels from the top left corner."""
+    number = int(np.clip(np.searchsorted(scene.impacts, time, side="right"), 1, len(scene.impacts) - 1))
+    start, end = scene.impacts[number - 1], scene.impacts[number]
+    part = (time - start) / (end - start)
+    unit = min(height, width) / 64
+    if scene.kind == "bounce":
+        reach = height - 2 * scene.radius - 6 * unit  # of the longest hop: all hops have one gravity
+        rise = 4 * reach * ((end - start) / GAPS[1]) ** 2 * part * (1 - part)
+        room = width - 2 * scene.radius
+        x = (scene.position - scene.radius + scene.drift * time) % (2 * room)
+        return [(scene.radius + (x if x <= room else 2 * room - x), height - 3 * unit - scene.radius - rise)]
+    if scene.kind == "collide":  # the balls meet at odd impacts and touch the walls at even ones
+        part = part if number % 2 else 1 - part
+        wall = scene.radius + 2 * unit
+        inward = part * (width / 2 - scene.radius - wall)
+        return [(wall + inward, scene.position), (width - wall - inward, scene.position)]
+    sweep = 1.1  # radians of the free swing that the stops cut off, so that the pendulum turns with a kink
+    angle = scene.position * np.sin(sweep * (2 * part - 1)) / np.sin(sweep) * (1 if number % 2 else -1)
+    length = height - 2 * scene.radius - 4 * unit
+    return [(width / 2 + length * np.sin(angle), 2 * unit + length * np.cos(angle) + scene.radius)]
+
+
+def draw_frame(scene: Scene, time: float, height: int, width: int) -> np.ndarray:
+    """The picture at `time`: [H, W, 3] uint8, edges antialiased."""
+    y, x = np.mgrid[0:height, 0:width] + 0.5
+    unit = min(height, width) / 64
+    picture = np.broadcast_to(BACKGROUND, (height, width, 3)).copy()
+    centres = balls_at(scene, time, height, width)
+    if scene.kind == "bounce":
+        _blend(picture, FURNITURE, np.clip(y - (height - 3 * unit) + 0.5, 0, 1))
+    elif scene.kind == "collide":
+        _blend(picture, FURNITURE, np.clip(np.maximum(2 * unit - x, x - (width - 2 * unit)) + 0.5, 0, 1))
+    else:
+        dx, dy = centres[0][0] - width / 2, centres[0][1] - 2 * unit
+        along = np.clip(((x - width / 2) * dx + (y - 2 * unit) * dy) / (dx * dx + dy * dy), 0, 1)
+        distance = np.hypot(x - width / 2 - along * dx, y - 2 * unit - along * dy)
+        _blend(picture, FURNITURE, np.clip(1.2 * unit - distance + 0.5, 0, 1))
+    for shade, (centre_x, centre_y) in zip((1.0, 0.75), centres, strict=False):
+        distance = np.hypot(x - centre_x, y - centre_y)
+        _blend(picture, np.array(scene.colour) * shade, np.clip((scene.radius - distance) / SOFT + 0.5, 0, 1))
+    return np.round(picture).astype(np.uint8)
+
+
+def make_sound(scene: Scene, seconds: float, sample_rate: int) -> np.ndarray:
+    """The sound of the clip: [samples] float32 in [-1, 1], mono."""
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    sound = np.zeros_like(time)
+    for event in scene.events(seconds):
+        after = np.maximum(time - event["time"], 0)
+        tone = np.sin(2 * np.pi * event["pitch"] * after) * np.exp(-after / 0.10)
+        thump = np.sin(2 * np.pi * THUMP * after) * np.exp(-after / 0.07)
+        sound += event["loudness"] * (0.4 * tone + 0.5 * thump)
+    return sound.astype(np.float32)
+
+
+def describe(scene: Scene) -> str:
+    """A caption that names kind, size, colour and pitch."""
+    colour = next(name for bound, name in COLOURS if scene.hue <= bound)
+    pitch = "low" if scene.pitch < 420 else "high" if scene.pitch > 640 else "middle"
+    if scene.kind == "bounce":
+        return f"A {colour} ball bounces on the floor, with a thump and a {pitch} tone at each bounce."
+    if scene.kind == "collide":
+        return f"Two {colour} balls collide with each other and with the walls, with a {pitch} tone at each impact."
+    return f"A pendulum with a {colour} bob swings and ticks, with a {pitch} tone at each turn."
+
+
+def write_clip(folder: Path, number: int, config: SynthesizeConfig) -> bool:
+    """Make clip `number` and the two files beside it; False when it is there already."""
+    path = folder / f"clip-{number:06d}.mp4"
+    if path.exists():
+        return False  # written last, so the other two are there too
+    seconds = config.frames / config.fps
+    scene = draw_scene(config.seed, number, seconds, config.height, config.width)
+    caption = describe(scene)
+    truth: dict[str, Any] = {
+        "kind": scene.kind,
+        "seed": config.seed,
+        "number": number,
+        "seconds": seconds,
+        "fps": config.fps,
+        "frames": config.frames,
+        "events": scene.events(seconds),
+        "colour": scene.colour,
+        "hue": scene.hue,
+        "pitch": scene.pitch,
+        "radius": scene.radius,
+        "caption": caption,
+    }
+    frames = [draw_frame(scene, i / config.fps, config.height, config.width) for i in range(config.frames)]
+    sound = make_sound(scene, seconds, config.sample_rate)
+    _write_text(path.with_suffix(".json"), json.dumps(truth, indent=1) + "\n")
+    _write_text(path.with_suffix(".txt"), caption + "\n")
+    unfinished = path.with_name(f".{path.name}.partial")
+    encode_mp4(unfinished, frames, config.fps, sound, config.sample_rate)
+    _finish(unfinished, path)
+    return True
+
+
+def encode_mp4(path: Path, frames: list[np.ndarray], fps: float, sound: np.ndarray, sample_rate: int) -> None:
+    """H.264 and AAC in mp4, one thread, so that equal input gives equal bytes.
+
+    frames: [H, W, 3] uint8 each; sound: [samples] float32, mono; both begin at time 0.
+    """
+    with av.open(str(path), "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        video.height, video.width = frames[0].shape[:2]
+        video.pix_fmt = "yuv420p"
+        video.options = {"crf": "14", "preset": "veryfast", "threads": "1", "bf": "0"}
+        audio = container.add_stream("aac", rate=sample_rate, layout="mono")
+        audio.bit_rate = 96000
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = i
+            picture.time_base = 1 / Fraction(fps).limit_denominator(1001)
+            container.mux(video.encode(picture))
+        container.mux(video.encode(None))
+        for start in range(0, len(sound), 1024):
+            block = av.AudioFrame.from_ndarray(sound[None, start : start + 1024], format="fltp", layout="mono")
+            block.sample_rate, block.pts, block.time_base = sample_rate, start, Fraction(1, sample_rate)
+            container.mux(audio.encode(block))
+        container.mux(audio.encode(None))
+
+
+def synthesize(config: SynthesizeConfig) -> Path:
+    """Make all clips of `config`; returns their folder. DataError for settings that can't be met."""
+    if config.clips < 1 or config.frames < 1 or config.fps <= 0:
+        raise DataError(f"clips={config.clips} frames={config.frames} fps={config.fps}: each must be above 0")
+    if config.height < 16 or config.width < 16 or config.height % 2 or config.width % 2:
+        raise DataError(f"height={config.height} width={config.width}: each must be even and at least 16 (H.264)")
+    if config.sample_rate not in (16000, 48000):
+        raise DataError(f"sample_rate={config.sample_rate}: choose 16000 or 48000")
+    folder = Path(config.output)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "clips", "workers")}
+    settings["version"] = VERSION
+    record = folder / "synthesize.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise DataError(
+            f"{folder} holds clips of other settings ({record}: {record.read_text()}); choose another output"
+        )
+    draw_scene(config.seed, 0, config.frames / config.fps, config.height, config.width)  # fails early, in this process
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(record, json.dumps(settings))
+    columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn())
+    made = 0
+    workers = config.workers or os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(*columns) as progress:
+        task = progress.add_task("clips", total=config.clips)
+        jobs = [pool.submit(write_clip, folder, number, config) for number in range(config.clips)]
+        for job in as_completed(jobs):
+            made += job.result()
+            progress.advance(task)
+    print(f"{made} clips made, {config.clips - made} were there: {folder}")
+    return folder
+
+
+def main() -> None:
+    """The program: reads the command line, prints errors without a traceback."""
+    ConfigStore.instance().store(name="synthesize_schema", node=SynthesizeConfig)
+    _run()
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="synthesize")
+def _run(cfg: DictConfig) -> None:
+    try:
+        config: Any = OmegaConf.to_object(cfg)
+        synthesize(config)
+    except MissingMandatoryValue as error:
+        print(f"error: {error.full_key} is not given: python -m data.synthesize output=DIR clips=N", file=sys.stderr)
+        sys.exit(1)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _blend(picture: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> None:
+    picture += cover[..., None] * (colour - picture)
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    _finish(unfinished, path)
+
+
+def _finish(unfinished: Path, path: Path) -> None:
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    os.rename(unfinished, path)
+
+
+if __name__ == "__main__":
+    main()
