@@ -9,6 +9,7 @@ goes to rank s % dp_world, so any number of ranks up to the batch gives the same
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -94,6 +95,7 @@ class Stream(Generic[T]):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="data stream", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread inside torch while the interpreter ends aborts the process
 
     def __iter__(self) -> Stream[T]:
         return self
@@ -119,6 +121,7 @@ class Stream(Generic[T]):
 
     def close(self) -> None:
         """End the background thread (after the step that it is reading). The state stays valid."""
+        atexit.unregister(self.close)
         self._stop.set()
         self._thread.join()
         if self._failure is None:

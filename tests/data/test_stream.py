@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -352,6 +354,23 @@ def test_an_error_in_the_thread_reaches_the_caller_and_close_ends_it(index: Data
     assert time.monotonic() - begin < 2 and open_stream._thread not in threading.enumerate()
     with pytest.raises(RuntimeError, match="closed"):
         next(open_stream)
+
+
+def test_a_program_that_forgets_to_close_ends_cleanly(index: DatasetIndex) -> None:
+    """A thread that comes back from torch while the interpreter ends would (sometimes) abort the process."""
+    program = f"""
+import atexit, os
+from data.index import DatasetIndex
+from data.state import DataState
+from data.stream import Stream
+atexit.register(lambda: os._exit(3) if stream._thread.is_alive() else None)  # runs after those registered later
+index = DatasetIndex.open({str(index.root)!r})
+state = DataState.start(index.fingerprint, [8, 8], 0, 2)
+stream = Stream(index, state, dp_rank=0, dp_world=1, micro_batch=1, text_length=4, transform=str)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_bad_arguments_are_named(index: DatasetIndex) -> None:
