@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ class Batch:
     video_weight: Tensor  # [B] float32, 0 where the sample has no video
     audio_weight: Tensor  # [B] float32, 0 where the sample has no audio
     total_weight: float  # samples of the global batch, damaged ones included: known on every rank without a reduction
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with every tensor on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def assemble(

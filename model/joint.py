@@ -62,7 +62,7 @@ class Velocities:
 
 
 class JointTransformer(nn.Module):
-    """MOVA's joint diffusion transformer (arXiv 2602.08794, section 3). Children are named as the reference's folders."""
+    """MOVA's joint diffusion transformer (arXiv 2602.08794, section 3). Children carry the reference's names."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__()

@@ -1,0 +1,49 @@
+"""Train one run, on one process or under torchrun.
+
+    python -m train run.id=try1 data.path=shards/train data.valid_path=shards/valid steps=200
+    torchrun --nproc-per-node 2 -m train run.id=try1 model=tiny data.path=shards/train
+
+The same run.id again resumes. SIGTERM, Ctrl-C or a file `stop` in the run directory: save and end. The exit status is
+0 when the run finished or was stopped as asked, 1 when it failed; status.json in the run directory says which.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import hydra
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+
+from data.errors import DataError
+from train.config import register, to_dataclass
+from train.errors import RunError
+from train.loop import run
+from train.mesh import make_layout, start_process_group
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="train")
+def main(config: DictConfig) -> None:
+    """Entry point of `python -m train`."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(message)s")
+    try:
+        typed, resolved = to_dataclass(config)
+        device = start_process_group()
+        try:
+            run(typed, resolved, make_layout(typed.parallel, device))
+        finally:
+            dist.destroy_process_group()
+    except (RunError, DataError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    register()
+    main()

@@ -1,0 +1,5 @@
+"""The error that ends a run with one clear line instead of a traceback."""
+
+
+class RunError(Exception):
+    """A run cannot start or go on; the message names the value, the place and the remedy."""

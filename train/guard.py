@@ -1,0 +1,106 @@
+"""What ranks must agree on: stop requests, non-finite steps, and errors that only the first rank sees.
+
+Every step sums one small vector over all ranks, asynchronously: posted in step k, read in step k+1 (no host sync waits
+for the device). A stop request that reached any rank in step k is acted on by all of them after step k+1.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.errors import RunError
+
+T = TypeVar("T")
+
+
+class StopRequest:
+    """Remembers that this rank was asked to stop: by SIGTERM, SIGINT, SIGUSR2, or the run's stop file (first rank)."""
+
+    def __init__(self, stop_file: Path) -> None:
+        self._flag = threading.Event()
+        self._stop_file = stop_file if dist.get_rank() == 0 else None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._flag.set()
+
+    def requested(self) -> bool:
+        """Whether this rank knows of a request."""
+        return self._flag.is_set() or (self._stop_file is not None and self._stop_file.exists())
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What a step's vector says once all ranks have added theirs."""
+
+    step: int
+    loss: float  # of the global batch
+    loss_video: float  # mean squared error over the samples that have video (nan: none had)
+    loss_audio: float
+    grad_norm: float
+    stop: bool
+    finite: bool
+
+
+class StepSignals:
+    """One asynchronous all-reduce a step over all ranks."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Tensor, dist.Work] | None = None
+
+    def post(self, step: int, loss: Tensor, video: Tensor, audio: Tensor, norm: Tensor, stop: bool) -> None:
+        """Start summing. loss: this rank's share; video, audio [2]: (weighted sum of MSE, sum of weights); norm: the
+        same on all ranks."""
+        assert self._pending is None, "collect the last step's sums first"
+        norm_share = norm / dist.get_world_size()
+        parts = [loss.view(1), video, audio, norm_share.view(1), torch.tensor([float(stop)], device=loss.device)]
+        vector = torch.cat([part.to(torch.float64) for part in parts])
+        work = dist.all_reduce(vector, async_op=True)
+        assert work is not None
+        self._pending = (step, vector, work)
+
+    def collect(self) -> StepSums | None:
+        """The sums of the step posted last, or None when there is none."""
+        if self._pending is None:
+            return None
+        step, vector, work = self._pending
+        self._pending = None
+        work.wait()
+        loss, video, video_weight, audio, audio_weight, norm, stop = vector.tolist()
+        finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+        return StepSums(
+            step,
+            loss,
+            video / video_weight if video_weight else float("nan"),
+            audio / audio_weight if audio_weight else float("nan"),
+            norm,
+            stop > 0,
+            finite,
+        )
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run an action on rank 0 and give its result to all ranks; its RunError is raised on all of them."""
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except RunError as error:
+            outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise RunError(str(outcome[1]))
+    return outcome[0]  # type: ignore[return-value]

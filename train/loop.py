@@ -1,0 +1,151 @@
+"""A training run from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from data.batch import Batch
+from model.joint import JointConfig
+from train import checkpoint
+from train.checkpoint import TrainState
+from train.config import TrainConfig
+from train.feed import open_dataset, open_stream, start_state
+from train.guard import StepSignals, StepSums, StopRequest, on_first_rank
+from train.mesh import Layout
+from train.monitor import Monitor, cut_metrics
+from train.objective import Objective
+from train.optim import ShardedOptimizer, lr_factor
+from train.parallelize import build_model
+from train.run_dir import RunDir
+from train.step import forward_backward
+from train.validate import Validator
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout) -> str:
+    """Train until `config.steps` or a stop request; start where the run directory's newest checkpoint ended.
+
+    `resolved`: the plain form of config, for the run directory. Returns "finished" or "stopped". Raises RunError and
+    DataError with one clear message; status.json says how the run ended.
+    """
+    run_dir = RunDir.of(config.run.root, config.run.id)
+    first = layout.dp_rank == 0
+    on_first_rank(lambda: run_dir.open(resolved))
+    try:
+        ending, step = _train(config, resolved, layout, run_dir, first)
+    except BaseException as error:
+        if first:
+            run_dir.write_status("failed", error=str(error) or type(error).__name__)
+        raise
+    if first:
+        run_dir.write_status(ending, step=step)
+    return ending
+
+
+def _train(
+    config: TrainConfig, resolved: dict[str, Any], layout: Layout, run_dir: RunDir, first: bool
+) -> tuple[str, int]:
+    stop = StopRequest(run_dir.stop_file)
+    objective = Objective(config.objective, config.model.experts)
+    index = open_dataset(config.data.path, config.model.video.text_dim)
+    model = build_model(config.model, config.parallel, layout, config.seed)
+    optimizer = ShardedOptimizer(model, config.optim, layout.shard_group)
+    state = TrainState(model, optimizer, start_state(index, config.data, config.seed))
+
+    found = on_first_rank(lambda: checkpoint.newest(run_dir.checkpoints))
+    if found is not None:
+        checkpoint.load(state, found, resolved)
+    on_first_rank(lambda: cut_metrics(run_dir, state.step))
+    if first:
+        run_dir.stop_file.unlink(missing_ok=True)
+        run_dir.write_status("running", step=state.step, layout=layout.describe())
+
+    with ExitStack() as stack:
+        monitor = Monitor(run_dir, config.monitor, resolved, config.steps, active=first)
+        stack.callback(monitor.close)
+        monitor.say(f"run {run_dir.root}: {layout.describe()}; {_parameters(model):,} parameters; data {index.root}")
+        if found is not None:
+            monitor.say(f"resumed from {found} at step {state.step}")
+        validator = None
+        if config.data.valid_path is not None:
+            valid = open_dataset(config.data.valid_path, config.model.video.text_dim)
+            validator = Validator(valid, config.validation, objective, layout, config.model.text_length)
+            if state.step == 0:
+                monitor.validation(0, validator.run(model))
+        stream = open_stream(index, state.data, config.data, layout, objective, config.seed, config.model.text_length)
+        stack.callback(stream.close)
+
+        signals = StepSignals()
+        details: dict[str, float | str] = {}  # of the step whose sums are under way
+        begin = time.perf_counter()
+
+        def collect() -> StepSums | None:
+            """Read the last step's sums, write its metrics."""
+            sums = signals.collect()
+            if sums is not None:
+                if not sums.finite:
+                    monitor.say(f"step {sums.step}: loss or gradient is not finite; its update was suppressed")
+                losses = {"loss": sums.loss, "loss_video": sums.loss_video, "loss_audio": sums.loss_audio}
+                monitor.step(sums.step, {**losses, "grad_norm": sums.grad_norm, **details})
+            return sums
+
+        stopping = False
+        while state.step < config.steps and not stopping:
+            step = state.step
+            micro_batches = next(stream)
+            expert = objective.expert(step)
+            losses = forward_backward(model, micro_batches, config.objective, expert, layout.dp_world, layout.device)
+            norm = optimizer.global_norm()
+            factor = lr_factor(config.optim, step, config.steps)
+            optimizer.step(factor, norm)
+
+            earlier = collect()
+            stopping = earlier is not None and earlier.stop
+            signals.post(step, losses.share, losses.video, losses.audio, norm, stop.requested())
+            state.step = step + 1
+            now = time.perf_counter()
+            tokens = config.data.batch_size * _tokens(micro_batches[0].batch, config.model)
+            details = {
+                "expert": expert,
+                "lr_tower": config.optim.lr_tower * factor,
+                "lr_bridge": config.optim.lr_bridge * factor,
+                "tokens_per_s": tokens / (now - begin),
+                "step_time": now - begin,
+                "data_wait": stream.data_wait,
+            }
+            begin = now
+
+            last = state.step == config.steps or stopping
+            if last or _due(config.validation.every, state.step):
+                collect()
+                if validator is not None and not stopping:
+                    monitor.validation(state.step, validator.run(model))
+            if last or _due(config.checkpoint.every, state.step):
+                collect()
+                path = checkpoint.save(state, run_dir.checkpoints, resolved, layout.describe(), config.checkpoint.keep)
+                monitor.say(f"checkpoint {path}")
+        if state.step == config.steps:
+            return "finished", state.step
+        monitor.say(f"stopped at step {state.step} of {config.steps}, as asked; the same command goes on from there")
+        return "stopped", state.step
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _tokens(batch: Batch, model: JointConfig) -> int:
+    """Video and audio tokens of one sample of this batch."""
+    video = math.prod(batch.video.shape[2:]) // math.prod(model.video.patch_size)
+    return video + batch.audio.shape[2] // model.audio.patch_size[0]
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,147 @@
+"""What a user sees of a run: metrics.jsonl (the truth), Weights & Biases, and a line of progress with time left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from train.run_dir import RunDir, write_atomically
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass
+class MonitorConfig:
+    """`wandb`: offline (default), online or disabled; its run id is the run directory's name. Lines of progress come
+    every `progress_seconds` where there is no terminal."""
+
+    wandb: str = "offline"
+    project: str = "mova"
+    progress_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.wandb not in WANDB_MODES:
+            raise ValueError(f"monitor.wandb {self.wandb!r} is not one of {', '.join(WANDB_MODES)}")
+
+
+class Monitor:
+    """Metrics of one run, on its first rank; on the other ranks every method does nothing."""
+
+    def __init__(self, run: RunDir, config: MonitorConfig, resolved: dict[str, Any], steps: int, active: bool) -> None:
+        self.active = active
+        if not active:
+            return
+        self._steps = steps
+        self._seconds = config.progress_seconds
+        self._last_line = 0.0
+        self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115  closed in close()
+        self._wandb = _start_wandb(run, config, resolved) if config.wandb != "disabled" else None
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self._task = self._bar.add_task("train", total=steps, text="")
+            self._bar.start()
+        self._begin: tuple[float, int] | None = None
+
+    def step(self, step: int, metrics: dict[str, float | str]) -> None:
+        """Metrics of step `step` (from 0): to the file, to W&B, to the display."""
+        if not self.active:
+            return
+        self._write({"step": step, **metrics})
+        if self._wandb is not None:
+            self._wandb.log({f"train/{k}": v for k, v in metrics.items()}, step=step)
+        text = (
+            f"loss {metrics['loss']:.4f} (video {metrics['loss_video']:.4f}, audio {metrics['loss_audio']:.4f}, "
+            f"{metrics['expert']})  {metrics['tokens_per_s']:,.0f} tokens/s"
+        )
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = (now, step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step + 1, text=text)
+        elif now - self._last_line >= self._seconds or step + 1 == self._steps:
+            self._last_line = now
+            begin, first = self._begin
+            left = (now - begin) / (step - first) * (self._steps - step - 1) if step > first else math.nan
+            self.say(f"step {step + 1}/{self._steps}  {text}  {_clock(left)} left")
+
+    def validation(self, step: int, losses: dict[str, float]) -> None:
+        """Validation losses of the model after `step` updates."""
+        if not self.active:
+            return
+        self._write({"step": step, **{f"valid/{k}": v for k, v in losses.items()}})
+        if self._wandb is not None:
+            self._wandb.log({f"valid/{k}": v for k, v in losses.items()}, step=step)
+        self.say(f"after {step} steps: validation loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+
+    def say(self, line: str) -> None:
+        """A line for the user, beside the progress display."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flush everything; W&B's offline folder is complete afterwards."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # A NaN loss is written as null: NaN is not JSON.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(clean) + "\n")
+
+
+def cut_metrics(run: RunDir, step: int) -> None:
+    """Drop what metrics.jsonl says of steps that a run resuming at `step` will do again, and a line cut off by death.
+
+    Validation entries carry the number of updates done, so those at `step` itself stay.
+    """
+    if not run.metrics.exists():
+        return
+    kept = []
+    for line in run.metrics.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        is_validation = any(key.startswith("valid/") for key in record)
+        if record["step"] < step or (is_validation and record["step"] == step):
+            kept.append(line)
+    write_atomically(run.metrics, "".join(line + "\n" for line in kept))
+
+
+def _start_wandb(run: RunDir, config: MonitorConfig, resolved: dict[str, Any]) -> Any:
+    import wandb  # slow to import; runs with monitor.wandb=disabled do without
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project=config.project, id=run.root.name, name=run.root.name, dir=str(run.root), mode=config.wandb,
+        resume="allow" if config.wandb == "online" else None, config=resolved,
+    )  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

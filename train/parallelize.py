@@ -1,0 +1,71 @@
+"""Parallelism, applied from outside in one visible order: attention backend -> FSDP2 units -> weights on their shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model.init import initial_value
+from model.joint import JointConfig, JointTransformer
+from model.tower import Tower
+from train.mesh import DTYPES, Layout, ParallelConfig
+
+
+def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, seed: int) -> JointTransformer:
+    """The sharded model with its starting weights: built on the meta device, then filled shard by shard."""
+    with torch.device("meta"):
+        model = JointTransformer(config)
+    model.use_attention(parallel.attention)
+    master = torch.float64 if parallel.compute == "float64" else torch.float32
+    model.to(master)
+    shard_model(model, parallel, layout)
+    model.to_empty(device=layout.device)
+    fill_weights(model, lambda name, p: initial_value(name, tuple(p.shape), seed, config.video.num_layers))
+    return model
+
+
+def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
+    """FSDP2 (HSDP with dp_replicate > 1) units in the order in which a step meets them.
+
+    Stem, time path, each block, each Bridge direction and each head are units: the joint model calls these, not whole
+    towers, and an expert that is idle is then neither gathered nor reduced. Inputs are never cast by FSDP: timesteps
+    must stay exact and tables float32, so modules cast for themselves. The time path computes in float32.
+    """
+    compute = DTYPES[parallel.compute]
+    reduce = torch.promote_types(compute, torch.float32)
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(param_dtype=reduce, reduce_dtype=reduce, cast_forward_inputs=False)
+    mesh = layout.mesh if layout.dp_replicate > 1 else layout.mesh["dp_shard"]
+
+    def unit(modules: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy = mixed) -> None:
+        fully_shard(modules, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+
+    for tower in model.children():
+        if isinstance(tower, Tower):
+            unit([tower.patch_embedding, tower.text_embedding])
+            unit([tower.time_embedding, tower.time_projection], exact)
+            for block in tower.blocks:
+                unit(block)
+            unit(tower.head)
+    for conditioners in (
+        model.dual_tower_bridge.audio_to_video_conditioners,
+        model.dual_tower_bridge.video_to_audio_conditioners,
+    ):
+        for conditioner in conditioners.values():
+            unit(conditioner)
+    unit(model)  # the root: what is left is the Bridge's condition scale, where a config has one
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, value) -> None:  # type: ignore[no-untyped-def]
+    """Set every parameter to value(name, parameter), a whole tensor equal on all ranks, keeping this rank's shard."""
+    for name, parameter in model.named_parameters():
+        full: Tensor = value(name, parameter).to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            # src_data_rank=None: every rank has made the same values, nothing is sent.
+            sharded = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(sharded.to_local())
+        else:
+            parameter.copy_(full)
