@@ -117,7 +117,7 @@ def encode_all(sources: list[Source], geometry: Geometry, workers: int) -> Itera
             remaining = iter(sources)  # few are in flight: results are big
             while True:
                 while len(waiting) < 2 * workers and (following := next(remaining, None)) is not None:
-                    waiting.append((source, pool.submit(encode_file, source, geometry)))
+                    waiting.append((following, pool.submit(encode_file, following, geometry)))
                 if not waiting:
                     return
                 source, job = waiting.popleft()

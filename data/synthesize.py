@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -277,9 +278,14 @@ def synthesize(config: SynthesizeConfig) -> Path:
     with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(*columns) as progress:
         task = progress.add_task("clips", total=config.clips)
         jobs = [pool.submit(write_clip, folder, number, config) for number in range(config.clips)]
-        for job in as_completed(jobs):
-            made += job.result()
-            progress.advance(task)
+        try:
+            for job in as_completed(jobs):
+                made += job.result()
+                progress.advance(task)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker died, perhaps out of memory; run the same command again with workers=1"
+            ) from error
     print(f"{made} clips made, {config.clips - made} were there: {folder}")
     return folder
 
