@@ -133,9 +133,10 @@ def _start_wandb(run: RunDir, config: MonitorConfig, resolved: dict[str, Any]) -
     import wandb  # slow to import; runs with monitor.wandb=disabled do without
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    online = config.wandb == "online"
     return wandb.init(
-        project=config.project, id=run.root.name, name=run.root.name, dir=str(run.root), mode=config.wandb,
-        resume="allow" if config.wandb == "online" else None, config=resolved,
+        project=config.project, id=run.root.name, name=run.root.name, dir=str(run.root), config=resolved,
+        mode="online" if online else "offline", resume="allow" if online else None,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,7 +121,8 @@ class ShardedOptimizer:
             torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         for group, rate in zip(self.adamw.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        self.adamw.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # the fused kernel's own switch
-        self.adamw.grad_scale = None
-        self.adamw.step()
+        # The fused kernel's own switch: torch reads both attributes off the optimizer, as GradScaler sets them.
+        adamw: Any = self.adamw
+        adamw.found_inf, adamw.grad_scale = (~torch.isfinite(norm)).to(torch.float32), None
+        adamw.step()
         self.adamw.zero_grad(set_to_none=True)

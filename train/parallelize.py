@@ -1,6 +1,8 @@
-"""Parallelism, applied from outside in one visible order: attention backend -> FSDP2 units -> weights on their shards."""
+"""Parallelism, applied from outside in one visible order: attention backend -> FSDP2 units -> weights."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
     mesh = layout.mesh if layout.dp_replicate > 1 else layout.mesh["dp_shard"]
 
     def unit(modules: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy = mixed) -> None:
-        fully_shard(modules, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+        fully_shard(modules, mesh=mesh, mp_policy=policy)
 
     for tower in model.children():
         if isinstance(tower, Tower):
@@ -59,10 +61,10 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
 
 
 @torch.no_grad()
-def fill_weights(model: nn.Module, value) -> None:  # type: ignore[no-untyped-def]
+def fill_weights(model: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
     """Set every parameter to value(name, parameter), a whole tensor equal on all ranks, keeping this rank's shard."""
     for name, parameter in model.named_parameters():
-        full: Tensor = value(name, parameter).to(parameter.device, parameter.dtype)
+        full = value(name, parameter).to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):
             # src_data_rank=None: every rank has made the same values, nothing is sent.
             sharded = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,330 @@
+"""What the ranks of tests/train do. Each case builds its own model and its own part of one global batch."""
+
+import copy
+import random
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from data.batch import Batch
+from data.clip import Bucket
+from data.state import DataState
+from model.bridge import BridgeConfig
+from model.init import initial_value
+from model.joint import JointConfig, JointTransformer
+from model.tower import TowerConfig
+from train import checkpoint
+from train.checkpoint import TrainState
+from train.feed import Prepared
+from train.mesh import Layout, ParallelConfig, make_layout
+from train.noise import draw
+from train.objective import Draws, Objective, ObjectiveConfig
+from train.optim import OptimConfig, ShardedOptimizer, local
+from train.parallelize import build_model, fill_weights
+from train.step import StepLosses, forward_backward
+
+TEXT, TEXT_DIM = 5, 8
+BUCKET = Bucket(frames=2, height=4, width=4, audio_steps=7, fps=24.0, has_video=True, has_audio=True)
+OBJECTIVE = ObjectiveConfig(text_dropout=0.3, image_dropout=0.3, bridge_dropout=0.3)
+OPTIM = OptimConfig(lr_tower=1e-3, lr_bridge=2e-3, weight_decay=0.01, clip=0.05, warmup=0)
+
+
+def tiny_config(**bridge) -> JointConfig:
+    """The smallest model with every part; widths that two and four ranks do not divide evenly."""
+    return JointConfig(
+        video=TowerConfig(
+            dim=48, num_heads=1, num_layers=2, ffn_dim=50, in_dim=36, out_dim=16, text_dim=TEXT_DIM, freq_dim=16
+        ),
+        audio=TowerConfig(
+            dim=48, num_heads=1, num_layers=1, ffn_dim=30, in_dim=128, out_dim=128, text_dim=TEXT_DIM, freq_dim=16,
+            patch_size=[1], rope="dac",
+        ),
+        bridge=BridgeConfig(head_dim=48, **bridge),
+        text_length=TEXT,
+    )  # fmt: skip
+
+
+def busy_value(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Random values everywhere (the real start has zeros that would hide faults)."""
+    values = initial_value("busy/" + name.replace("bias", "b").replace("head.head", "hh"), tuple(parameter.shape), 3, 1)
+    return torch.where(values == 0, 0.1, values) * 3
+
+
+def global_batch(step: int, dtype: torch.dtype, slots: int = 4) -> Prepared:
+    """A whole global batch: slot 1 has no sound, slot 2 is a left-over of weight 0."""
+    g = torch.Generator().manual_seed(100 + step)
+    rand = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
+    weight = torch.ones(slots)
+    weight[2] = 0.0
+    audio_weight = torch.ones(slots)
+    audio_weight[1] = 0.0
+    batch = Batch(
+        step=step, bucket=BUCKET, keys=[f"k{i}" for i in range(slots)],
+        sample_numbers=np.arange(slots, dtype=np.int64) + slots * step,
+        video=rand(slots, 16, 2, 4, 4), audio=rand(slots, 128, 7), condition=rand(slots, 20, 2, 4, 4),
+        text=rand(slots, TEXT, TEXT_DIM), empty_text=rand(TEXT, TEXT_DIM), weight=weight,
+        video_weight=torch.ones(slots), audio_weight=audio_weight, total_weight=float(slots - 1),
+    )  # fmt: skip
+    draws = draw(batch, Objective(OBJECTIVE, ("high", "low")), seed=11)
+    return Prepared(batch, convert(draws, dtype))
+
+
+def convert(draws: Draws, dtype: torch.dtype) -> Draws:
+    return replace(draws, noise_video=draws.noise_video.to(dtype), noise_audio=draws.noise_audio.to(dtype))
+
+
+def part(prepared: Prepared, rows: list[int]) -> Prepared:
+    """Some slots of a batch."""
+
+    def pick(value, name):
+        shared = name in ("empty_text", "total_weight", "step", "bucket")
+        if shared:
+            return value
+        return [value[i] for i in rows] if isinstance(value, list) else value[rows]
+
+    batch = Batch(**{f.name: pick(getattr(prepared.batch, f.name), f.name) for f in fields(Batch)})
+    draws = Draws(**{f.name: pick(getattr(prepared.draws, f.name), f.name) for f in fields(Draws)})
+    return Prepared(batch, draws)
+
+
+def my_micro_batches(prepared: Prepared, layout: Layout, micro: int) -> list[Prepared]:
+    slots = list(range(len(prepared.batch.keys)))[layout.dp_rank :: layout.dp_world]
+    return [part(prepared, slots[i : i + micro]) for i in range(0, len(slots), micro)]
+
+
+def reference_model(config: JointConfig, dtype: torch.dtype) -> JointTransformer:
+    """The plain model in one piece: no mesh, no FSDP."""
+    model = JointTransformer(config).to(dtype)
+    fill_weights(model, busy_value)
+    return model
+
+
+def sharded_model(config: JointConfig, parallel: ParallelConfig) -> tuple[JointTransformer, Layout]:
+    layout = make_layout(parallel, torch.device("cpu"))
+    model = build_model(config, parallel, layout, seed=0)
+    fill_weights(model, busy_value)
+    return model, layout
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest relative L2 difference over the names, and its name."""
+    assert a.keys() == b.keys()
+    return max(((a[n] - b[n]).norm().item() / max(b[n].norm().item(), 1e-12), n) for n in b)
+
+
+def backward(model, micro_batches, step: int, ranks: int) -> StepLosses:
+    expert = Objective(OBJECTIVE, ("high", "low")).expert(step)
+    return forward_backward(model, micro_batches, OBJECTIVE, expert, ranks, torch.device("cpu"))
+
+
+def gradient_parity(replicate: int, shard: int, micro: int) -> dict:
+    """Invariant 3: gradients of a layout against those of one process over the global batch, float64."""
+    config = tiny_config(trainable_condition_scale=True, pooled_adaln=True)
+    whole = reference_model(config, torch.float64)
+    prepared = global_batch(0, torch.float64)
+    expected_loss = backward(whole, [prepared], 0, 1)
+    expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+    model, layout = sharded_model(config, ParallelConfig(dp_replicate=replicate, dp_shard=shard, compute="float64"))
+    losses = backward(model, my_micro_batches(prepared, layout, micro), 0, layout.dp_world)
+    found = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    share = losses.share.clone()
+    dist.all_reduce(share)
+    norm = ShardedOptimizer(model, OPTIM, layout.shard_group).global_norm()
+    true_norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    return {
+        "gradient": worst(found, expected),
+        "zero": sorted(n for n, g in expected.items() if g.norm() == 0),
+        "idle": all(p.grad is None for p in model.video_dit_2.parameters()),
+        "loss": abs(share.item() - expected_loss.share.item()),
+        "norm": abs(norm.item() / true_norm.item() - 1),
+    }
+
+
+def sgd_parity(replicate: int, shard: int) -> tuple[float, str]:
+    """Three SGD steps (both experts) against one process, float64."""
+    config = tiny_config()
+    whole = reference_model(config, torch.float64)
+    model, layout = sharded_model(config, ParallelConfig(dp_replicate=replicate, dp_shard=shard, compute="float64"))
+    for step in range(3):
+        prepared = global_batch(step, torch.float64)
+        backward(whole, [prepared], step, 1)
+        backward(model, my_micro_batches(prepared, layout, 1), step, layout.dp_world)
+        with torch.no_grad():
+            for parameter in [*whole.parameters(), *model.parameters()]:
+                if parameter.grad is not None:
+                    local(parameter).sub_(0.1 * local(parameter.grad))
+                    parameter.grad = None
+    return worst({n: full(p.detach()) for n, p in model.named_parameters()}, dict(whole.named_parameters()))
+
+
+def adamw_parity(compute: str, seed: int) -> float:
+    """Three clipped AdamW steps with LR groups against torch's own optimizer and clipping on one process.
+
+    Returns the relative L2 difference of what all parameters moved by.
+    """
+    config, dtype = tiny_config(), getattr(torch, compute)
+    whole = reference_model(config, dtype)
+    start = torch.cat([p.detach().flatten().double() for p in whole.parameters()])
+    model, layout = sharded_model(config, ParallelConfig(compute=compute))
+    sharded = ShardedOptimizer(model, OPTIM, layout.shard_group)
+    groups = [
+        {"params": [p for n, p in whole.named_parameters() if n.startswith("dual_tower") == bridge], "lr": lr}
+        for bridge, lr in ((False, OPTIM.lr_tower), (True, OPTIM.lr_bridge))
+    ]
+    plain = torch.optim.AdamW(groups, betas=tuple(OPTIM.betas), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
+    for step in range(2 * seed, 2 * seed + 3):
+        prepared = global_batch(step, dtype)
+        backward(whole, [prepared], step, 1)
+        torch.nn.utils.clip_grad_norm_(whole.parameters(), OPTIM.clip)
+        plain.step()
+        plain.zero_grad()
+        backward(model, my_micro_batches(prepared, layout, 2), step, layout.dp_world)
+        sharded.step(1.0, sharded.global_norm())
+    moved, expected = (
+        torch.cat([full(p.detach()).flatten().double() for p in m.parameters()]) - start for m in (model, whole)
+    )
+    return ((moved - expected).norm() / expected.norm()).item()
+
+
+def train_steps(model, optimizer, layout, steps: range) -> None:
+    for step in steps:
+        prepared = global_batch(step, torch.float32)
+        backward(model, my_micro_batches(prepared, layout, 2), step, layout.dp_world)
+        optimizer.step(1.0, optimizer.global_norm())
+
+
+def snapshot(model, optimizer) -> dict[str, torch.Tensor]:
+    """Copies of this rank's shards and moments by name."""
+    copies = {n: local(p.detach()).clone() for n, p in model.named_parameters()}
+    for name, shard in optimizer.shards.items():
+        for key, value in optimizer.adamw.state.get(shard, {}).items():
+            copies[f"{name}/{key}"] = value.clone()
+    return copies
+
+
+def idle_expert() -> dict:
+    """Invariant 6: while one expert trains, the other's weights and moments stay bit-identical, and are not gathered."""
+    model, layout = sharded_model(tiny_config(), ParallelConfig())
+    optimizer = ShardedOptimizer(model, OPTIM, layout.shard_group)
+    train_steps(model, optimizer, layout, range(2))  # both experts have moments now
+    before = snapshot(model, optimizer)
+    gathered = []
+    for module in model.video_dit_2.modules():
+        module.register_forward_pre_hook(lambda m, _: gathered.append(m))
+    train_steps(model, optimizer, layout, range(2, 3))  # high noise
+    after = snapshot(model, optimizer)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    return {
+        "idle_moved": sorted(n for n in moved if n.startswith("video_dit_2")),
+        "idle_called": len(gathered),
+        "active_moved": sum(n.startswith("video_dit.") for n in moved),
+        "idle_has_moments": any(n.startswith("video_dit_2") and n.endswith("exp_avg") for n in before),
+    }
+
+
+def bfloat16_compute() -> dict:
+    """Invariant 9, and timesteps and tables that bfloat16 must not round."""
+    config = tiny_config()
+    exact, layout = sharded_model(config, ParallelConfig())
+    rounded, _ = sharded_model(config, ParallelConfig(compute="bfloat16"))
+    seen = {}
+
+    def watch(_module, args):
+        x, _text, time, rotary = args
+        seen.update(x=x.dtype, time=time.dtype, rotary=rotary.cos.dtype)
+
+    rounded.video_dit.blocks[0].register_forward_pre_hook(watch)
+    rounded.video_dit.time_embedding.register_forward_pre_hook(lambda _m, args: seen.update(sinusoid=args[0].dtype))
+    prepared = part(global_batch(0, torch.float32), [layout.dp_rank])
+    losses = [backward(m, [prepared], 0, 1).share.item() for m in (exact, rounded)]
+    optimizer = ShardedOptimizer(rounded, OPTIM, layout.shard_group)
+    optimizer.step(1.0, optimizer.global_norm())
+    state = next(iter(optimizer.adamw.state.values()))
+    return {
+        "relative": abs(losses[1] / losses[0] - 1),
+        "differs": losses[0] != losses[1],
+        "master": {local(p).dtype for p in rounded.parameters()},
+        "moments": {state["exp_avg"].dtype, state["exp_avg_sq"].dtype},
+        "seen": seen,
+    }
+
+
+def non_finite_gradient() -> dict:
+    """A NaN on one rank suppresses the update on all of them."""
+    model, layout = sharded_model(tiny_config(), ParallelConfig())
+    optimizer = ShardedOptimizer(model, OPTIM, layout.shard_group)
+    train_steps(model, optimizer, layout, range(2))
+    before = snapshot(model, optimizer)
+    prepared = global_batch(2, torch.float32)
+    mine = my_micro_batches(prepared, layout, 2)
+    if dist.get_rank() == 0:
+        mine[0].draws.noise_video[0, 0, 0, 0, 0] = float("nan")
+    backward(model, mine, 2, layout.dp_world)
+    norm = optimizer.global_norm()
+    optimizer.step(1.0, norm)
+    after = snapshot(model, optimizer)
+    still = all(torch.equal(before[n], after[n]) for n in before)
+    train_steps(model, optimizer, layout, range(3, 4))
+    later = snapshot(model, optimizer)
+    goes_on = all(bool(torch.isfinite(v).all()) for v in later.values()) and any(
+        not torch.equal(after[n], later[n]) for n in after
+    )
+    return {"norm": norm.item(), "still": still, "goes_on": goes_on}
+
+
+def global_generators() -> bool:
+    """Invariant 13: a step neither reads nor advances a global generator."""
+    model, layout = sharded_model(tiny_config(), ParallelConfig())
+    optimizer = ShardedOptimizer(model, OPTIM, layout.shard_group)
+    before = torch.get_rng_state(), copy.deepcopy(np.random.get_state()), random.getstate()
+    train_steps(model, optimizer, layout, range(1))
+    after = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    return (
+        torch.equal(before[0], after[0])
+        and all(np.array_equal(a, b) for a, b in zip(before[1], after[1]))
+        and before[2] == after[2]
+    )
+
+
+def new_state(parallel: ParallelConfig) -> tuple[TrainState, Layout]:
+    model, layout = sharded_model(tiny_config(), parallel)
+    optimizer = ShardedOptimizer(model, OPTIM, layout.shard_group)
+    return TrainState(model, optimizer, DataState.start("f" * 8, [4], 0, 2)), layout
+
+
+def whole_state(state: TrainState) -> dict[str, torch.Tensor]:
+    return {k: full(v).clone() for k, v in checkpoint._tensors(state).items()}
+
+
+CONFIG = {"model": {"dim": 48}, "objective": {"boundary": 900.0}, "optim": {"clip": 0.05}, "steps": 10}
+
+
+def save_checkpoint(folder: Path, replicate: int) -> dict[str, torch.Tensor]:
+    """Three steps, then a checkpoint; returns everything in it, whole, and after two more steps the losses."""
+    state, layout = new_state(ParallelConfig(dp_replicate=replicate))
+    train_steps(state.model, state.optimizer, layout, range(3))
+    state.step = state.data.position = 3
+    if dist.get_rank() == 1:  # only this rank met the damaged sample
+        state.data.quarantine.append({"key": "bad", "shard": "av-000000.tar", "reason": "checksum", "step": 2})
+    checkpoint.save(state, folder, CONFIG, layout.describe(), keep=2)
+    return whole_state(state)
+
+
+def load_checkpoint(folder: Path, replicate: int) -> dict:
+    """A model with other weights takes over the newest checkpoint."""
+    state, layout = new_state(ParallelConfig(dp_replicate=replicate))
+    fill_weights(state.model, lambda n, p: torch.full(tuple(p.shape), 7.0))
+    path = checkpoint.newest(folder)
+    checkpoint.load(state, path, CONFIG)
+    counts = {n: int(state.optimizer.adamw.state[s]["step"]) for n, s in state.optimizer.shards.items()}
+    result = {"tensors": whole_state(state), "step": state.step, "data": state.data.to_json(), "counts": counts}
+    train_steps(state.model, state.optimizer, layout, range(3, 5))
+    return result | {"after": whole_state(state)}
