@@ -20,6 +20,7 @@ from data.errors import DataError
 
 SAMPLE_RATE = 16000  # Hz of all sound that leaves this module
 GAP = 0.05  # s; smaller differences between a timestamp and the samples so far are the container's rounding
+TIE = 0.002  # s: at half the source's rate a middle falls on a frame's edge; rounding must not decide
 SLACK = 0.15  # s by which decoded and declared length may differ: some muxers round to packets
 
 
@@ -73,7 +74,7 @@ class Media:
         resized with antialiasing. DataError when a frame can't be decoded.
         """
         assert self.frame_times is not None, "no picture"
-        middles = start + (np.arange(count) + 0.5) / fps
+        middles = start + (np.arange(count) + 0.5) / fps + TIE
         indices = np.clip(np.searchsorted(self.frame_times, middles, side="right") - 1, 0, len(self.frame_times) - 1)
         needed, places = np.unique(indices, return_inverse=True)
         with _as_data_error(self.path):
@@ -214,7 +215,7 @@ def _read_sound(media: Media, container: Any, stream: Any) -> None:
     mix = None
     parts: list[np.ndarray] = []
     length, start, rate = 0, 0.0, 0
-    for frame in container.decode(stream):
+    for frame in _frames_until_damage(container, stream):
         if mix is None:
             rate = frame.sample_rate
             mix = av.AudioResampler(format="fltp", layout="mono", rate=rate)
@@ -242,6 +243,18 @@ def _read_sound(media: Media, container: Any, stream: Any) -> None:
         raise DataError(f"{media.path}: NaN or inf in the sound")
     media.audio = torchaudio.functional.resample(wave, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else wave
     media.audio_start = start
+
+
+def _frames_until_damage(container: Any, stream: Any) -> Iterator[Any]:
+    """Decoded frames; ends at a damaged one: the check against the declared length then says how much is there.
+
+    FFmpegError when the file declares no length to check against.
+    """
+    try:
+        yield from container.decode(stream)
+    except av.FFmpegError:
+        if not stream.duration:
+            raise
 
 
 def _open_decord(media: Media, only_stream: bool) -> None:

@@ -29,8 +29,9 @@ def heard(sound: np.ndarray) -> list[float]:
     before = np.concatenate([np.zeros(20), np.convolve(power, np.ones(20), "full")[: len(power)]])[: len(power)] / 2
     jumps = np.flatnonzero(after > 6 * before + 2e-3)
     onsets: list[float] = []
+    last = -1.0
     for jump in jumps / 1000:
-        if not onsets or jump - last > 0.15:
+        if jump - last > 0.15:
             # `after` rises when its window reaches the event: walk on to the first loud millisecond
             first = int(jump * 1000)
             peak = power[first : first + 30].max()
@@ -49,7 +50,7 @@ def centres(frames: np.ndarray, colour: list[int]) -> np.ndarray:
 
 
 def turns(track: np.ndarray, kind: str, fps: float) -> list[float]:
-    """Times at which the motion [F] turns: where a bouncing ball is lowest, else where it is farthest to either side."""
+    """Times at which the motion [F] turns: a bouncing ball where it is lowest, else the ends on either side."""
     found = []
     for i in range(1, len(track) - 1):
         near = track[max(0, i - 3) : i + 4]
