@@ -1,11 +1,13 @@
 """One distribution: the packages of the MOVA pretraining framework.
 
-    pip install -e .            # with the exact versions: pip install -r requirements.lock
+    pip install -r requirements.lock && pip install --no-deps --no-build-isolation -e .   # the exact versions
+    pip install -e .                                                                      # or newer ones
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-PACKAGES = ["model", "data", "data.codec", "train", "launch", "tools", "tools.bench", "conf"]
+ROOMS = ["model", "data", "train", "launch", "tools", "conf"]
+PACKAGES = find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")])
 
 setup(
     name="mova-pretrain",
@@ -28,10 +30,11 @@ setup(
         "wandb>=0.19",
         "rich>=13",
         "matplotlib>=3.8",
+        "pyyaml>=6",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
         "encoders": ["diffusers>=0.35", "transformers>=4.50", "ftfy>=6"],
-        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13"],
+        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML>=6"],
     },
 )

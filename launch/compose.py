@@ -94,19 +94,18 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
 
 
 def _nearest(wrong: str, config: DictConfig) -> str:
-    """"; did you mean ...?", or "" when nothing is near."""
+    """A question that names the keys most like the wrong one, or "" when none is near."""
     near = difflib.get_close_matches(wrong, _keys(config), n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(near)}?" if near and wrong not in near else ""
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys = []
-    for key in config:
-        keys.append(f"{prefix}{key}")
-        if OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, str(key)):
-            value = config[key]
-            if isinstance(value, DictConfig):
-                keys += _keys(value, f"{prefix}{key}.")
+    for key in map(str, config):
+        if OmegaConf.is_missing(config, key) or not isinstance(config[key], DictConfig):
+            keys.append(prefix + key)
+        else:
+            keys += _keys(config[key], f"{prefix}{key}.")
     return keys
 
 
