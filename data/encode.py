@@ -6,11 +6,14 @@ What a file gives depends only on its content and the geometry: not on the numbe
 import hashlib
 import math
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -110,8 +113,11 @@ def encode_all(sources: list[Source], geometry: Geometry, workers: int) -> Itera
             finally:
                 torch.set_num_threads(threads)
             return
-        context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+        # torch's threads don't survive a fork, but importing it for every worker takes long: one clean process imports
+        # it and is forked from
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["data.encode"])
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             waiting: deque[tuple[Source, Future[Encoded]]] = deque()
             remaining = iter(sources)  # few are in flight: results are big
@@ -209,6 +215,19 @@ def _overlaps(media: Media, start: float, seconds: float) -> bool:
     """Whether the file's sound covers any of the window: silence before a late start is true, hours of it are not."""
     assert media.audio is not None
     return start < media.audio_start + len(media.audio) / SAMPLE_RATE and media.audio_start < start + seconds
+
+
+def _start_worker() -> None:
+    """One thread for sums (other numbers of threads give other bits), and no life after the parent's."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])  # ready when the process is gone, however it went: its workers would wait forever
+    os._exit(1)
 
 
 def _hash(source: Source) -> None:
