@@ -42,7 +42,7 @@ class QuickstartError(Exception):
 class QuickstartConfig:
     """conf/quickstart.yaml. `clips`: a folder of video files, "" for synthetic clips (`synthetic` of them).
 
-    `processes` train; the run is stopped once at `stop_at` of its steps. `least_fall`: percent by which the validation
+    `processes` train; the run is stopped once, after `stop_at` steps. `least_fall`: percent by which the validation
     loss must fall, checked where the clips are synthetic (of one's own clips nobody knows beforehand).
     """
 
@@ -51,7 +51,7 @@ class QuickstartConfig:
     synthetic: int = 128
     holdout: float = 0.2
     processes: int = 2
-    stop_at: float = 0.5
+    stop_at: int = 100
     least_fall: float = 30.0
 
 
@@ -91,13 +91,11 @@ def quickstart(config: QuickstartConfig) -> None:
         f"cluster.processes={config.processes}", "experiment=quickstart", f"run.id={run_id}",
         f"run.root={_quote(place / 'runs')}", f"data.path={_quote(train)}", f"data.valid_path={_quote(valid)}",
     ]  # fmt: skip
-    steps = planned_steps(arguments)
-    stop_at = round(config.stop_at * steps)
-    _title(3, f"training: the tiny model on {config.processes} processes, {steps} steps")
-    if last_step(run) + 1 < stop_at:
-        _train(arguments, run, stop_after=stop_at)
-        _made("checkpoint", newest_checkpoint(run), f"the run was stopped at step {status(run).get('step')} of {steps}")
-        _title(4, "training: the same command resumes the run")
+    _title(3, f"training: the tiny model on {config.processes} processes; stopped once, after step {config.stop_at}")
+    if last_step(run) + 1 < config.stop_at:
+        _train(arguments, run, stop_after=config.stop_at)
+        _made("checkpoint", newest_checkpoint(run), f"the run was stopped and saved at step {status(run).get('step')}")
+    _title(4, "training: the same command resumes the run")
     if status(run).get("state") == "finished":
         console.print(f"run {run} is finished already: nothing to do")
     else:
@@ -174,18 +172,6 @@ def newest_checkpoint(run: Path) -> Path:
     if not found:
         raise QuickstartError(f"{run / 'checkpoints'} holds no checkpoint, though the run was stopped and should save")
     return found[-1]
-
-
-def planned_steps(arguments: Sequence[str]) -> int:
-    """How many steps the experiment has; the arguments are checked on the way."""
-    # Imported here: it brings torch, and the steps before do without it in this process.
-    from launch.compose import compose_launch
-    from train.errors import RunError
-
-    try:
-        return compose_launch(arguments).train.steps
-    except RunError as error:
-        raise QuickstartError(str(error)) from None
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
