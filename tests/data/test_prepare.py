@@ -144,7 +144,7 @@ def test_unfinished_work_is_done_again(source: Path, dataset: Path, tmp_path: Pa
     partial = tmp_path / "set.partial"
     partial.mkdir()
     (partial / MARKER).touch()
-    (partial / "av-000000.tar").write_bytes(b"half")
+    (partial / "av-000099.tar").write_bytes(b"half")
     (partial / "index").mkdir()
     prepare(config(source, tmp_path / "set"))
     assert not partial.exists() and not (tmp_path / "set" / MARKER).exists()
