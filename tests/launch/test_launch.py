@@ -1,0 +1,170 @@
+"""The launcher: mistakes are found before any process starts; stops reach the workers; failures are one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import launch.__main__ as program
+from data.clip import Bucket
+from launch.compose import compose_launch
+from tests.shards import make_dataset
+from train.errors import RunError
+
+REPOSITORY = Path(__file__).parents[2]
+DIM = 6
+SMALL = [
+    "model.video.dim=48", "model.video.num_heads=1", "model.video.num_layers=1", "model.video.ffn_dim=64",
+    "model.audio.dim=48", "model.audio.num_heads=1", "model.audio.num_layers=1", "model.audio.ffn_dim=64",
+    f"model.video.text_dim={DIM}", f"model.audio.text_dim={DIM}", "model.text_length=4", "data.batch_size=2",
+    "monitor.wandb=disabled", "steps=1000000",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `data`, a small dataset, and the runs."""
+    root = tmp_path_factory.mktemp("launch")
+    bucket = Bucket(frames=2, height=2, width=2, audio_steps=5, fps=24.0, has_video=True, has_audio=True)
+    make_dataset(root / "data", [(bucket, 8)], dim=DIM)
+    return root
+
+
+def arguments(folder: Path, run: str, *more: str) -> list[str]:
+    return [*SMALL, f"run.root={folder}", f"run.id={run}", f"data.path={folder / 'data'}", *more]
+
+
+def start(given: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", *given], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.fixture
+def launched() -> Iterator[list[subprocess.Popen[str]]]:
+    """Launchers that a test has started; none of their processes outlives it."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int = 2, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, "the run did not begin to train"
+        time.sleep(0.1)
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ("optim.lr_towr=1", "did you mean optim.lr_tower"),
+        ("cluster.procs=2", "did you mean cluster.processes"),
+        ("optim.lr_tower=fast", "'fast'"),
+        ("model=huge", "mova_720p"),
+        ("optim.schedule=step", "is not one of constant"),
+        ("parallel.dp_replicate=3", "does not divide the 2 ranks"),
+        ("data.path=/nowhere", "/nowhere does not exist"),
+        ("run.id=a/b", "'a/b'"),
+        ("model.video.text_dim=7", "text_dim"),
+        ("cluster=slurm", "local"),
+        ("--nproc=2", "key=value"),
+    ],
+)
+def test_a_mistake_starts_no_process_and_is_one_line(
+    folder: Path, wrong: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_start(*_: object) -> None:
+        raise AssertionError("processes were started")
+
+    monkeypatch.setattr(program, "run_local", no_start)
+    assert program.main(arguments(folder, "never", "cluster.processes=2", wrong)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert told in said
+    assert not (folder / "never").exists()
+
+
+def test_a_right_config_is_split_between_launcher_and_training(folder: Path) -> None:
+    given = arguments(folder, "never", "seed=7")
+    launch = compose_launch(["cluster.processes=2", *given])
+    assert launch.cluster.world == 2
+    assert launch.overrides == given
+    assert launch.train.seed == 7 and launch.run_dir.root == folder / "never"
+    with pytest.raises(RunError, match="data.path is missing"):
+        compose_launch(["run.id=x"])
+
+
+def test_stop_and_failure(folder: Path, launched: list[subprocess.Popen[str]]) -> None:
+    """SIGTERM to the launcher: all workers save, exit 0. While they run, nothing listens beyond the loopback.
+    Then a run that training refuses: exit 1, and no traceback."""
+    run = folder / "stopped"
+    process = start(arguments(folder, "stopped", "cluster.processes=2"))
+    launched.append(process)
+    wait_for_steps(run, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    sockets = [socket for member in family for socket in member.net_connections() if socket.status == "LISTEN"]
+    assert sockets and {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1"}
+    workers = [member for member in family if "launch.worker" in member.cmdline()]
+    assert sorted(member.environ()["RANK"] for member in workers) == ["0", "1"]
+
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert "waiting for the checkpoint" in said and "Traceback" not in said
+    assert status(run)["state"] == "stopped"
+    assert (run / "checkpoints" / f"step-{status(run)['step']:08d}" / "COMMITTED").is_file()
+    assert not any(member.is_running() for member in family)
+
+    refused = start(arguments(folder, "stopped", "cluster.processes=2", "seed=1"))
+    launched.append(refused)
+    _, said = refused.communicate(timeout=90)
+    assert refused.returncode == 1
+    assert "seed: 0 -> 1" in said and "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"error: run {run} failed: rank ")
+
+
+def test_a_killed_worker_ends_the_run(folder: Path, launched: list[subprocess.Popen[str]]) -> None:
+    process = start(arguments(folder, "killed", "cluster.processes=2"))
+    launched.append(process)
+    wait_for_steps(folder / "killed", process)
+    workers = [w for w in psutil.Process(process.pid).children() if "launch.worker" in w.cmdline()]
+    last = next(worker for worker in workers if worker.environ()["RANK"] == "1")
+    last.kill()
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in said.splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_workers_do_not_outlive_a_killed_launcher(folder: Path, launched: list[subprocess.Popen[str]]) -> None:
+    run = folder / "orphan"
+    process = start(arguments(folder, "orphan", "cluster.processes=1"))
+    launched.append(process)
+    wait_for_steps(run, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+    assert status(run)["state"] == "stopped"
