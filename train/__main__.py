@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from data.errors import DataError
 from train.config import register, to_dataclass
-from train.errors import RunError
+from train.errors import RankError, RunError
 from train.loop import run
 from train.mesh import make_layout, start_process_group
 
@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
         finally:
             dist.destroy_process_group()
     except (RunError, DataError) as error:
-        if first:
+        if first or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

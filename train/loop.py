@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from data.batch import Batch
+from data.errors import DataError
 from model.joint import JointConfig
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import TrainConfig
+from train.errors import RankError
 from train.feed import open_dataset, open_stream, start_state
 from train.guard import StepSignals, StepSums, StopRequest, on_first_rank
 from train.mesh import Layout
@@ -37,13 +39,23 @@ def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout) -> str:
     """
     run_dir = RunDir.of(config.run.root, config.run.id)
     first = layout.dp_rank == 0
-    on_first_rank(lambda: run_dir.open(resolved))
+    lock = None
+
+    def enter() -> None:
+        nonlocal lock
+        lock = run_dir.lock()
+        run_dir.open(resolved)
+
+    on_first_rank(enter)
     try:
         ending, step = _train(config, resolved, layout, run_dir, first)
     except BaseException as error:
         if first:
             run_dir.write_status("failed", error=str(error) or type(error).__name__)
         raise
+    finally:
+        if lock is not None:
+            lock.close()
     if first:
         run_dir.write_status(ending, step=step)
     return ending
@@ -99,7 +111,10 @@ def _train(
         stopping = False
         while state.step < config.steps and not stopping:
             step = state.step
-            micro_batches = next(stream)
+            try:
+                micro_batches = next(stream)
+            except DataError as error:
+                raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}") from error
             expert = objective.expert(step)
             losses = forward_backward(model, micro_batches, config.objective, expert, layout.dp_world, layout.device)
             norm = optimizer.global_norm()

@@ -5,13 +5,15 @@ runs/<id>/  config.yaml  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -62,6 +64,28 @@ class RunDir:
     def stop_file(self) -> Path:
         """Create this file to ask the run to save and stop."""
         return self.root / "stop"
+
+    def lock(self) -> IO[str]:
+        """Keep other processes out of this folder for as long as the returned file is open (or this process lives).
+
+        Raises RunError when another process trains here, naming it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = open(self.root / "lock", "a+")  # noqa: SIM115  the caller holds it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RunError(
+                f"run {self.root.name!r} is being trained already, by {holder}; wait for it, stop it "
+                f"(touch {self.stop_file}), or choose another run.id"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
 
     def open(self, config: dict[str, Any]) -> bool:
         """Create the folder for this config, or check that the config may go on in it. Returns whether it was there.

@@ -16,16 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-import webdataset
-from safetensors.torch import save, save_file
 
 import data.index
 from data.batch import Batch
-from data.clip import Bucket, EncodedClip
+from data.clip import Bucket
 from data.errors import DataError
-from data.index import DatasetIndex, build_index
+from data.index import DatasetIndex
 from data.state import DataState, Segment
 from data.stream import Stream
+from tests.shards import make_dataset
 
 BOTH = Bucket(frames=2, height=2, width=3, audio_steps=5, fps=24.0, has_video=True, has_audio=True)
 SOUND = Bucket(frames=2, height=2, width=3, audio_steps=7, fps=24.0, has_video=False, has_audio=True)
@@ -33,41 +32,9 @@ SHARDS = [(BOTH, 9), (SOUND, 4), (BOTH, 7), (BOTH, 10), (SOUND, 9), (BOTH, 3)]
 DIM, LENGTH = 6, 4
 
 
-def make_dataset(root: Path, shards: list[tuple[Bucket, int]] = SHARDS, nan: int | None = None, seed: int = 0) -> Path:
-    """Shards of random latents; sample number `nan` gets a NaN in its sound. Captions of 2 to 6 tokens."""
-    root.mkdir(parents=True)
-    rng = torch.Generator().manual_seed(seed)
-
-    def values(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng).to(torch.bfloat16)
-
-    save_file({"text": values(3, DIM)}, root / "empty-text.safetensors")
-    number = 0
-    for shard, (bucket, count) in enumerate(shards):
-        with (
-            webdataset.TarWriter(str(root / f"av-{shard:06d}.tar")) as av,
-            webdataset.TarWriter(str(root / f"text-plain-{shard:06d}.tar")) as text,
-        ):
-            for _ in range(count):
-                key = f"{seed:04x}{number:020x}"
-                grid = (16, bucket.frames, bucket.height, bucket.width)
-                audio = values(bucket.audio_steps, 128)
-                if number == nan:
-                    audio[1, 2] = float("nan")
-                video, condition = (values(*grid), values(*grid)) if bucket.has_video else (None, None)
-                clip = EncodedClip(key, video, audio, condition, {"bucket": bucket.to_dict()})
-                members = clip.to_members()
-                av.write({"__key__": key, "safetensors": members[0], "json": members[1]})
-                caption = {"text": values(2 + number % 5, DIM)}
-                text.write({"__key__": key, "safetensors": save(caption), "json": b'{"caption": "a test"}'})
-                number += 1
-    build_index(root)
-    return root
-
-
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
-    return DatasetIndex.open(make_dataset(tmp_path_factory.mktemp("stream") / "dataset"))
+    return DatasetIndex.open(make_dataset(tmp_path_factory.mktemp("stream") / "dataset", SHARDS))
 
 
 def new_state(index: DatasetIndex, batch: int = 8) -> DataState:
@@ -305,7 +272,7 @@ def test_lasting_read_errors_stop_the_run_and_lose_nothing(
 
 
 def test_another_dataset_is_refused_with_both_fingerprints(index: DatasetIndex, tmp_path: Path) -> None:
-    other = DatasetIndex.open(make_dataset(tmp_path / "other", seed=1))
+    other = DatasetIndex.open(make_dataset(tmp_path / "other", SHARDS, seed=1))
     with pytest.raises(DataError) as error:
         make_stream(other, new_state(index))
     assert other.fingerprint in str(error.value) and index.fingerprint in str(error.value)
@@ -363,6 +330,7 @@ import atexit, os
 from data.index import DatasetIndex
 from data.state import DataState
 from data.stream import Stream
+from tests.shards import make_dataset
 atexit.register(lambda: os._exit(3) if stream._thread.is_alive() else None)  # runs after those registered later
 index = DatasetIndex.open({str(index.root)!r})
 state = DataState.start(index.fingerprint, [8, 8], 0, 2)

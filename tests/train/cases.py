@@ -211,7 +211,7 @@ def snapshot(model, optimizer) -> dict[str, torch.Tensor]:
 
 
 def idle_expert() -> dict:
-    """Invariant 6: while one expert trains, the other's weights and moments stay bit-identical, and are not gathered."""
+    """Invariant 6: while one expert trains, the other stays bit-identical (weights, moments) and unused."""
     model, layout = sharded_model(tiny_config(), ParallelConfig())
     optimizer = ShardedOptimizer(model, OPTIM, layout.shard_group)
     train_steps(model, optimizer, layout, range(2))  # both experts have moments now
