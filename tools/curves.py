@@ -22,6 +22,7 @@ from hydra.core.config_store import ConfigStore
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -152,8 +153,9 @@ def _draw_validation(axes: Axes, curve: list[tuple[int, float]]) -> None:
               markeredgewidth=1.2, zorder=4, clip_on=False, label="validation at fixed noise")  # fmt: skip
     if len(curve) > 1 and losses[0] > 0:
         change = f"{100 * (losses[-1] / losses[0] - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
-        axes.annotate(change, (steps[-1], losses[-1]), (4, -15), textcoords="offset points", color=INK, fontsize=10,
-                      fontweight="bold", ha="right", zorder=5)  # fmt: skip
+        label = axes.annotate(change, (steps[-1], losses[-1]), (4, 9), textcoords="offset points", color=INK,
+                              fontsize=10, fontweight="bold", ha="right", zorder=5)  # fmt: skip
+        label.set_path_effects([withStroke(linewidth=3, foreground=PAPER)])
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -51,7 +51,7 @@ class QuickstartConfig:
     synthetic: int = 128
     holdout: float = 0.2
     processes: int = 2
-    stop_at: int = 100
+    stop_at: int = 120
     least_fall: float = 30.0
 
 
