@@ -1,7 +1,7 @@
 """One distribution: the packages of the MOVA pretraining framework.
 
-    pip install -r requirements.lock && pip install --no-deps --no-build-isolation -e .   # the exact versions
-    pip install -e .                                                                      # or newer ones
+pip install -r requirements.lock && pip install --no-deps --no-build-isolation -e .   # the exact versions
+pip install -e .                                                                      # or newer ones
 """
 
 from setuptools import find_packages, setup

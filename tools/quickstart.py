@@ -204,7 +204,10 @@ def _train(arguments: Sequence[str], run: Path, stop_after: int | None = None) -
         process.wait()
         raise
     if code:
-        raise QuickstartError(f"training failed: python -m launch ended with exit status {code}; see above and {run}")
+        raise QuickstartError(
+            f"training failed: python -m launch ended with exit status {code}; its message is above "
+            "(`make clean-quickstart` clears the way for a new start)"
+        )
 
 
 def _run(module: str, *arguments: str) -> None:
