@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"conf": ["*.yaml", "*/*.yaml"]},
+    package_data={"conf": ["**/*.yaml"]},
     install_requires=[
         "torch>=2.11.0",
         "torchaudio>=2.11.0",
@@ -31,10 +31,15 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "pyyaml>=6",
+        "pyarrow>=18",
+        "silero-vad>=6",
+        "speechmos>=0.0.1",
+        "scenedetect-headless>=0.6",
+        "onnxruntime>=1.18",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
         "encoders": ["diffusers>=0.35", "transformers>=4.50", "ftfy>=6"],
-        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML>=6"],
+        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML>=6", "psutil>=6", "moto[server]>=5", "awscli>=1.42"],
     },
 )
