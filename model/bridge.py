@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, layer_norm, linear, silu
 
-from model.attention import Attention, AttentionCore, DenseCore
+from model.attention import Attention, DenseCore
 from model.rope import Rotary
 
 NORM_EPS = 1e-6
@@ -54,8 +55,27 @@ def interacting_layers(strategy: str, depth: int) -> list[int]:
     raise ValueError(f"bridge strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
 
 
+class FrameCore(Protocol):
+    """Attention of one query over each frame's tokens: the seam that sequence parallelism replaces here."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+        """q [1, 1, H, D]; k, v [B, L, H, D] (all tokens, or this rank's part) -> [B, frames, H, D]."""
+        ...
+
+
+class DenseFrameCore:
+    """All tokens of all frames lie here."""
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.core = DenseCore(backend)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+        k, v = (x.unflatten(1, (frames, -1)).flatten(0, 1) for x in (k, v))  # [B·T, S, H, D]
+        return self.core(q.expand(k.shape[0], -1, -1, -1), k, v).unflatten(0, (-1, frames)).squeeze(2)
+
+
 class ProbeAttention(nn.Module):
-    """torch's MultiheadAttention with its parameter names, but with the attention seam that the others have."""
+    """torch's MultiheadAttention by its parameter names, asked by one query a frame."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -65,17 +85,17 @@ class ProbeAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
-        self.core: AttentionCore = DenseCore()
+        self.core: FrameCore = DenseFrameCore()
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """query [B, 1, d] looks at tokens [B, S, d] -> [B, 1, d]."""
+    def forward(self, probe: Tensor, tokens: Tensor, frames: int) -> Tensor:
+        """probe [1, 1, d], tokens [B, L, d] -> [B, frames, d]."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             linear(x, w, b).unflatten(-1, (self.num_heads, -1))
-            for x, w, b in zip((query, tokens, tokens), weights, biases, strict=True)
+            for x, w, b in zip((probe, tokens, tokens), weights, biases, strict=True)
         )
-        return self.out_proj(self.core(q, k, v).flatten(2))
+        return self.out_proj(self.core(q, k, v, frames).flatten(2))
 
 
 class FramePooling(nn.Module):
@@ -88,10 +108,8 @@ class FramePooling(nn.Module):
         self.layernorm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, frames: int) -> Tensor:
-        """tokens [B, T·S, d] -> [B, T, d]."""
-        by_frame = tokens.unflatten(1, (frames, -1)).flatten(0, 1)  # [B·T, S, d]
-        pooled = self.attention(self.probe.expand(by_frame.shape[0], -1, -1), by_frame)
-        return self.layernorm(pooled.squeeze(1).unflatten(0, (-1, frames)))
+        """tokens [B, L, d] -> [B, frames, d]."""
+        return self.layernorm(self.attention(self.probe, tokens, frames))
 
 
 class PooledScaleShift(nn.Module):

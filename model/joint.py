@@ -7,15 +7,17 @@ out.video, out.audio                                    # velocities, shaped lik
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, DenseCore
-from model.bridge import Bridge, BridgeConfig, ProbeAttention
+from model.bridge import Bridge, BridgeConfig, DenseFrameCore, ProbeAttention
 from model.rope import bridge_rotary
-from model.tower import Tower, TowerConfig
+from model.tower import Tower, TowerConfig, patchify, unpatchify
 
 EXPERTS = ("high", "low")
 
@@ -55,7 +57,10 @@ class JointConfig:
 
 @dataclass
 class Velocities:
-    """What the network says: video [B, 16, T, H, W] and audio [B, C, La] velocities (noise minus clean), or None."""
+    """What the network says: video [B, 16, T, H, W] and audio [B, C, La] velocities (noise minus clean), or None.
+
+    With `as_patches` video is [B, L, prod(patch)·16] instead, for this rank's L tokens (see `tower.velocity_patches`).
+    """
 
     video: Tensor | None
     audio: Tensor | None
@@ -71,6 +76,8 @@ class JointTransformer(nn.Module):
         self.video_dit_2 = Tower(config.video) if config.two_experts else None
         self.audio_dit = Tower(config.audio)
         self.dual_tower_bridge = Bridge(config.bridge, config.video.dim, config.audio.dim, config.audio.num_layers)
+        # The one place where video tokens can be sharded: from the number of tokens to those that this rank takes.
+        self.token_range: Callable[[int], slice] = _all_tokens
 
     def expert(self, name: str) -> Tower:
         """The video tower called "high" (noise) or "low". ValueError for one that this model does not have."""
@@ -82,8 +89,10 @@ class JointTransformer(nn.Module):
     def use_attention(self, backend: str) -> None:
         """Take this attention backend (see `model.attention`) in every attention."""
         for module in self.modules():
-            if isinstance(module, (Attention, ProbeAttention)):
+            if isinstance(module, Attention):
                 module.core = DenseCore(backend)
+            elif isinstance(module, ProbeAttention):
+                module.core = DenseFrameCore(backend)
 
     def forward(
         self,
@@ -98,13 +107,15 @@ class JointTransformer(nn.Module):
         expert: str = "high",
         text_audio: Tensor | None = None,
         bridge_scale: Tensor | None = None,
+        as_patches: bool = False,
     ) -> Velocities:
         """Velocities of noisy latents; a timestep per sample and modality.
 
         video [B, 16, T, H, W] with condition [B, 20, T, H, W] (4 mask channels, 16 of the first frame's latents) and
         t_video [B] in 0..1000; audio [B, C, La] with t_audio [B]; text [B, Lt, D] for both towers unless text_audio
         is given; bridge_scale [B] multiplies what the Bridge adds. `video` or `audio` may be None: its tower and the
-        Bridge then do not run. Outputs are at least float32.
+        Bridge then do not run. Outputs are at least float32. `as_patches`: leave the video's velocities as patches of
+        the tokens that this rank has; with sharded tokens there is no other way (RuntimeError).
         """
         if video is None and audio is None:
             raise ValueError("both video and audio are None: there is nothing to do")
@@ -114,15 +125,19 @@ class JointTransformer(nn.Module):
             if condition is None or t_video is None:
                 raise ValueError("video needs condition and t_video")
             grid = tower.token_grid(video)  # (frames, rows, columns) in tokens
-            x = tower.embed(torch.cat((video, condition.to(video.dtype)), dim=1))  # [B, Lv, dv]
+            mine = self.token_range(math.prod(grid))
+            if not as_patches and mine != _all_tokens(math.prod(grid)):
+                raise RuntimeError(f"this rank has the tokens {mine.start} to {mine.stop} only; ask for as_patches")
+            stacked = torch.cat((video, condition.to(video.dtype)), dim=1)  # [B, 36, T, H, W]
+            x = tower.embed(patchify(stacked, tower.config.patch_size)[:, mine])  # [B, Lv, dv]
             vector, time = tower.embed_time(t_video)  # [B, dv], [B, 6, dv]
             context = tower.embed_text(text)
-            rotary = tower.rotary(grid, video.device)
+            rotary = tower.rotary(grid, video.device).rows(mine)
         if audio is not None:
             if t_audio is None:
                 raise ValueError("audio needs t_audio")
             grid_a = sound.token_grid(audio)
-            a = sound.embed(audio)  # [B, La, da]
+            a = sound.embed(patchify(audio, sound.config.patch_size))  # [B, La, da]
             vector_a, time_a = sound.embed_time(t_audio)
             context_a = sound.embed_text(text if text_audio is None else text_audio)
             rotary_a = sound.rotary(grid_a, audio.device)
@@ -131,10 +146,10 @@ class JointTransformer(nn.Module):
         bridged = set(bridge.layers) if video is not None and audio is not None else set()
         if bridged and bridge.config.cross_rope:
             bridge_v, bridge_a = bridge_rotary(
-                grid[0], grid_a[0], bridge.config.head_dim, fps, bridge.config.audio_fps,
+                grid, grid_a[0], bridge.config.head_dim, fps, bridge.config.audio_fps,
                 bridge.config.first_frame_bias, x.device,
             )  # fmt: skip
-            bridge_v = bridge_v.repeat(grid[1] * grid[2])
+            bridge_v = bridge_v.rows(mine)
 
         for i in range(self.config.video.num_layers):
             if i in bridged:
@@ -144,7 +159,15 @@ class JointTransformer(nn.Module):
             if audio is not None and i < self.config.audio.num_layers:
                 a = sound.blocks[i](a, context_a, time_a, rotary_a)
 
-        return Velocities(
-            video=tower.project(x, vector, grid) if video is not None else None,
-            audio=sound.project(a, vector_a, grid_a) if audio is not None else None,
-        )
+        out = Velocities(None, None)
+        if video is not None:
+            out.video = tower.project(x, vector)
+            if not as_patches:
+                out.video = unpatchify(out.video, grid, tower.config.patch_size)
+        if audio is not None:
+            out.audio = unpatchify(sound.project(a, vector_a), grid_a, sound.config.patch_size)
+        return out
+
+
+def _all_tokens(count: int) -> slice:
+    return slice(0, count)

@@ -39,9 +39,9 @@ class Rotary:
         head = head.to(x.dtype)
         return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
 
-    def repeat(self, times: int) -> Rotary:
-        """Every row `times` times in a row: all tokens of a frame share its position."""
-        return replace(self, cos=self.cos.repeat_interleave(times, 0), sin=self.sin.repeat_interleave(times, 0))
+    def rows(self, part: slice) -> Rotary:
+        """The rows of some of the positions."""
+        return replace(self, cos=self.cos[part], sin=self.sin[part])
 
 
 @lru_cache(maxsize=32)
@@ -72,14 +72,21 @@ def audio_rotary(steps: int, head_dim: int, form: str, device: torch.device) -> 
 
 @lru_cache(maxsize=32)
 def bridge_rotary(
-    frames: int, steps: int, head_dim: int, fps: float, audio_fps: float, first_frame_bias: bool, device: torch.device
+    grid: tuple[int, int, int],
+    steps: int,
+    head_dim: int,
+    fps: float,
+    audio_fps: float,
+    first_frame_bias: bool,
+    device: torch.device,
 ) -> tuple[Rotary, Rotary]:
-    """Bridge tables on a common clock of audio steps: (video, one row a latent frame; audio, one row a step).
+    """Bridge tables on a common clock of audio steps: (video, one row a token of `grid`; audio, one row a step).
 
-    Video frame i stands at i·audio_fps·4/fps; with first_frame_bias frame 0 lasts one pixel frame only, so frame
+    All tokens of a frame share its position. Video frame i stands at i·audio_fps·4/fps; with first_frame_bias frame 0 lasts one pixel frame only, so frame
     i >= 1 stands at audio_fps·(1 + 4(i-1))/fps.
     """
-    frame = torch.arange(frames, dtype=torch.float64)
+    frames, rows, columns = grid
+    frame = torch.arange(frames, dtype=torch.float64).repeat_interleave(rows * columns)
     pixel_frame = VIDEO_STRIDE * frame
     if first_frame_bias:
         pixel_frame = (pixel_frame - (VIDEO_STRIDE - 1)).clamp(min=0.0)

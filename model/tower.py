@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,17 +65,21 @@ class Float32Linear(nn.Linear):
 
 
 class PatchEmbedding3d(nn.Conv3d):
-    """Video stem. It casts what comes in to its weights' dtype itself: only in here are FSDP's weights gathered."""
+    """Video stem: a convolution whose kernel is its stride, computed as the linear map of patches that it is.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+    Its input are patches [B, L, C·prod(patch)] (see `patchify`), any part of the tokens. It casts what comes in to its
+    weights' dtype itself: only in here are FSDP's weights gathered.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class PatchEmbedding1d(nn.Conv1d):
-    """Audio stem; casts like the video one."""
+    """Audio stem; as the video one."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, patches: Tensor) -> Tensor:
+        return linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class TextEmbedding(nn.Sequential):
@@ -127,9 +132,9 @@ class Tower(nn.Module):
         )
         self.head = Head(config.dim, config.out_dim * math.prod(patch), config.eps)
 
-    def embed(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, *grid] -> tokens [B, L, d], frame by frame, row by row."""
-        return self.patch_embedding(latents).flatten(2).transpose(1, 2)
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patches [B, L, in_dim·prod(patch)] of any part of the tokens -> tokens [B, L, d]."""
+        return self.patch_embedding(patches)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Text states [B, Lt, text_dim] -> [B, Lt, d]. Padding rows are embedded and attended like the rest."""
@@ -140,11 +145,10 @@ class Tower(nn.Module):
         vector = self.time_embedding(sinusoid(t, self.config.freq_dim))
         return vector, self.time_projection(vector).unflatten(1, (6, -1))
 
-    def project(self, x: Tensor, time: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Tokens [B, L, d] of a token grid -> velocities [B, C, *latent grid] in float32 or wider."""
+    def project(self, x: Tensor, time: Tensor) -> Tensor:
+        """Tokens [B, L, d], time vector [B, d] -> velocity patches [B, L, prod(patch)·out_dim], at least float32."""
         patches = self.head(x, time)
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        return unpatchify(patches, grid, self.config.patch_size)
+        return patches.to(torch.promote_types(patches.dtype, torch.float32))
 
     def token_grid(self, latents: Tensor) -> tuple[int, ...]:
         """Tokens per axis for latents [B, C, *axes]. ValueError when an axis is not a multiple of its patch."""
@@ -169,9 +173,31 @@ def sinusoid(t: Tensor, freq_dim: int) -> Tensor:
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1)
 
 
-def unpatchify(patches: Tensor, grid: tuple[int, ...], patch_size: list[int]) -> Tensor:
-    """[B, L, prod(patch)·C] with channels (patch axes..., C) -> [B, C, *(grid·patch)]."""
+def patchify(latents: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """What the stem reads: [B, C, *axes] -> [B, L, C·prod(patch)], channels ordered (C, patch axes...).
+
+    Tokens run over frame, then row, then column.
+    """
+    return _split(latents, patch_size, channels_last=False)
+
+
+def velocity_patches(velocity: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """What the head writes: [B, C, *axes] -> [B, L, prod(patch)·C], channels ordered (patch axes..., C)."""
+    return _split(velocity, patch_size, channels_last=True)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, ...], patch_size: Sequence[int]) -> Tensor:
+    """The inverse of `velocity_patches`: [B, L, prod(patch)·C] -> [B, C, *(grid·patch)]."""
     axes = len(grid)
     x = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)  # [B, *grid, *patch, C]
     order = [0, 1 + 2 * axes] + [k for i in range(axes) for k in (1 + i, 1 + axes + i)]
     return x.permute(order).reshape(x.shape[0], x.shape[-1], *(n * p for n, p in zip(grid, patch_size, strict=True)))
+
+
+def _split(x: Tensor, patch_size: Sequence[int], channels_last: bool) -> Tensor:
+    axes = len(patch_size)
+    for i, patch in enumerate(patch_size):  # [B, C, n1, p1, n2, p2, ...]
+        x = x.unflatten(2 + 2 * i, (-1, patch))
+    grid, patch_axes = [2 + 2 * i for i in range(axes)], [3 + 2 * i for i in range(axes)]
+    order = [0, *grid, *patch_axes, 1] if channels_last else [0, *grid, 1, *patch_axes]
+    return x.permute(order).flatten(1, axes).flatten(2)

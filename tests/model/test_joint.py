@@ -139,9 +139,9 @@ def test_rope_tables_are_float32_cached_and_untouched_by_bfloat16():
     after = model.video_dit.rotary((3, 2, 3), torch.device("cpu"))
     assert after is before and after.cos.dtype == torch.float32
     exact = torch.cos(torch.arange(403, dtype=torch.float64)[:, None] * 10000.0 ** (-FREQUENCY_INDEX / 128.0))
-    _, audio = bridge_rotary(49, 403, 128, 24.0, 50.0, False, torch.device("cpu"))
+    _, audio = bridge_rotary((49, 1, 1), 403, 128, 24.0, 50.0, False, torch.device("cpu"))
     assert (audio.cos.double() - exact).abs().max() < 6e-8
-    video, _ = bridge_rotary(49, 403, 128, 24.0, 50.0, True, torch.device("cpu"))
+    video, _ = bridge_rotary((49, 1, 1), 403, 128, 24.0, 50.0, True, torch.device("cpu"))
     position = torch.atan2(video.sin[1, 0], video.cos[1, 0])  # frequency 1: the angle is the position, modulo 2 pi
     assert position.item() == pytest.approx(50.0 / 24.0, abs=1e-6)
 
