@@ -1,6 +1,6 @@
 # `make` shows what there is. Everything runs in an environment of its own, .venv, which is made where it is missing.
 PYTHON ?= python3
-CLIPS ?=
+export CLIPS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 UNFINISHED := .venv/.unfinished
@@ -41,7 +41,7 @@ $(READY): requirements.lock setup.py pyproject.toml
 	@echo "== environment: done"
 
 quickstart: $(READY)
-	@exec $(BIN)/python -m tools.quickstart $(if $(CLIPS),clips='$(CLIPS)')
+	@exec $(BIN)/python -m tools.quickstart
 
 clean-quickstart:
 	rm -rf quickstart

@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.markup import escape
 
 console = Console(highlight=False, soft_wrap=True)
+AGAIN = "the same command goes on from there"
+CLEAN = "`make clean-quickstart` clears the way for a new start"
 _lock_fds: list[int] = []  # held by every command as well: a launcher that outlives this process keeps the folder
 
 
@@ -78,9 +80,10 @@ def quickstart(config: QuickstartConfig) -> None:
     _run("data.prepare", f"source={_quote(clips)}", f"output={_quote(shards)}", f"holdout={config.holdout}")
     train, valid = shards / "train", shards / "valid"
     for part in (train, valid):
-        if not part.is_dir():
+        if not (part / "index").is_dir():
             raise QuickstartError(
-                f"{part} was not made: {clips} holds a single usable file, and one must be held out; give at least two"
+                f"{part} is empty: {clips} holds a single usable file, and one must be held out; add another "
+                "and `make clean-quickstart`"
             )
     _made("shards", shards, "train/ and valid/: WebDataset tars and their index")
 
@@ -94,12 +97,16 @@ def quickstart(config: QuickstartConfig) -> None:
     _title(3, f"training: the tiny model on {config.processes} processes; stopped once, after step {config.stop_at}")
     if last_step(run) + 1 < config.stop_at:
         _train(arguments, run, stop_after=config.stop_at)
+        if last_step(run) + 1 < config.stop_at:
+            raise QuickstartError(f"the run was stopped from outside at step {status(run).get('step')}; {AGAIN}")
         _made("checkpoint", newest_checkpoint(run), f"the run was stopped and saved at step {status(run).get('step')}")
     _title(4, "training: the same command resumes the run")
     if status(run).get("state") == "finished":
         console.print(f"run {run} is finished already: nothing to do")
     else:
         _train(arguments, run)
+        if status(run).get("state") != "finished":
+            raise QuickstartError(f"the run was stopped from outside at step {status(run).get('step')}; {AGAIN}")
     _made("run", run, "config.yaml, metrics.jsonl, checkpoints/, wandb/ (offline), status.json")
 
     _title(5, "curves")
@@ -205,8 +212,7 @@ def _train(arguments: Sequence[str], run: Path, stop_after: int | None = None) -
         raise
     if code:
         raise QuickstartError(
-            f"training failed: python -m launch ended with exit status {code}; its message is above "
-            "(`make clean-quickstart` clears the way for a new start)"
+            f"training failed: python -m launch ended with exit status {code}; its message is above ({CLEAN})"
         )
 
 
@@ -219,7 +225,7 @@ def _run(module: str, *arguments: str) -> None:
         process.wait()
         raise
     if code:
-        raise QuickstartError(f"python -m {module} ended with exit status {code}; its message is above")
+        raise QuickstartError(f"python -m {module} ended with exit status {code}; its message is above ({CLEAN})")
 
 
 def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -265,7 +271,7 @@ def _main(config: DictConfig) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"interrupted; {AGAIN}", file=sys.stderr)
         sys.exit(130)
 
 
