@@ -40,6 +40,14 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.7"],
         "encoders": ["diffusers>=0.35", "transformers>=4.50", "ftfy>=6"],
-        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML>=6", "psutil>=6", "moto[server]>=5", "awscli>=1.42"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML>=6",
+            "psutil>=6",
+            "moto[server]>=5",
+            "awscli>=1.42",
+        ],
     },
 )
