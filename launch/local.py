@@ -80,7 +80,11 @@ def run_local(config: LocalConfig, run_id: str, overrides: Sequence[str]) -> End
         agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
         with _Forwarder(agent) as forwarder:
             result = agent.run()
-    first = min(result.failures.values(), key=lambda failure: failure.timestamp) if result.failures else None
+    first = (
+        min(result.failures.values(), key=lambda failure: (failure.timestamp, failure.exitcode < 0))
+        if result.failures
+        else None
+    )
     if first is None:
         return Ending(None, early=False)
     early = forwarder.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values())
