@@ -2,47 +2,45 @@
 
 A dataset is a folder of shards (`av-000000.tar`, `text-<captioner>-000000.tar`, see data.shards),
 `empty-text.safetensors` and `index/`: one .npy per column, a row per sample (rows of a shard are contiguous, in the
-order of its tar), and `dataset.json`. `build_index` makes it from the tars alone: a lost index costs a scan, no data.
+order of its tar), and `dataset.json`. `data.build` makes it from the tars alone: a lost index costs a scan, no data.
+
+    python -m data.index dir=DIR          # (re)builds the index of finished shards
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import tarfile
-import threading
 import time
-import zlib
-from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
-from data.clip import Bucket, EncodedClip, encode_json
+from data.clip import AUDIO_CHANNELS, VIDEO_CHANNELS, Bucket, EncodedClip
 from data.errors import DamagedSample, DataError
+from data.places import CACHE_BYTES, Place, Remote, find_place
+from data.tensors import Entry, Source, buffer_of, is_finite, load_tensors, read_bytes, read_tensors
 
-FORMAT = 1
+FORMAT = 2
 EMPTY_TEXT = "empty-text.safetensors"
 RETRY_WAITS = (0.2, 1.0, 3.0)  # seconds before each new attempt after a transient read error
-OPEN_SHARDS = 64  # file descriptors kept open
-REMEDY = "python -m data.prepare source=... output=..."
-REBUILD = "rebuild it with data.index.build_index, or prepare the dataset again"
+REMOTE_WAITS = (0.5, 1.0, 3.0, 8.0, 20.0)  # the same for a remote place
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of files: part of paths, addresses and commands
 
 T = TypeVar("T")
 
 
 class DatasetIndex:
-    """Random access to the samples of a dataset. Make it with `open`. Reading is thread-safe."""
+    """Random access to the samples of a dataset. Make it with `open`. Threads may read at the same time."""
 
-    def __init__(self, root: Path, record: dict[str, Any], columns: dict[str, np.ndarray]):
-        self.root = root
+    def __init__(self, place: Place, record: dict[str, Any], columns: dict[str, np.ndarray], check: str = "crc"):
+        self.place = place
+        self.root: Path | str = place.root
         self.record = record
+        self.check = check
         self.shards: list[dict[str, Any]] = record["shards"]
         self.fingerprint: str = record["fingerprint"]
         self.buckets = [Bucket.from_dict(values) for values in record["buckets"]]
@@ -53,37 +51,55 @@ class DatasetIndex:
         self.shard_start = np.zeros(len(self.shards) + 1, dtype=np.int64)  # [S + 1] first row of each shard
         np.cumsum([shard["samples"] for shard in self.shards], out=self.shard_start[1:])
         self.columns = columns
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, root: Path | str) -> "DatasetIndex":
-        """Open the dataset in folder `root`.
+    def open(
+        cls,
+        root: Path | str,
+        *,
+        cache: Path | str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        verify: Literal["none", "crc", "full"] = "crc",
+        timeout: float = 60.0,
+        check_files: bool = True,
+    ) -> "DatasetIndex":
+        """Open a dataset.
 
-        DataError when the folder is missing, has no readable index, or a shard is missing or not of the recorded size.
+        Args:
+            root: its folder, or the address or command of a remote one (as str, see data.places).
+            cache: folder for what comes from elsewhere (default: mova-data in the user's cache folder).
+            cache_bytes: what the shards in it may take. A window of shards and one more must fit, or they are fetched
+                again and again. All processes that name one folder share it; the index itself isn't counted.
+            verify: "crc" compares the checksum of each sample that is read; "full" also looks for NaN and inf, which
+                otherwise are those found when the index was built; "none" trusts the bytes.
+            timeout: seconds without a byte after which a remote read has failed.
+            check_files: look at the size of every shard (of a local folder; remote ones are seen when read).
+
+        DataError when the place is missing, has no readable index, or a shard is missing or not of the recorded size.
         """
-        root = Path(root)
-        if not root.is_dir():
-            raise DataError(
-                f"dataset folder {root} does not exist; make it: python -m data.prepare source=... output={root}"
-            )
-        path = root / "index" / "dataset.json"
-        if not path.is_file():
-            nested = sorted(entry.parent.parent.name for entry in root.glob("*/index/dataset.json"))
-            hint = f"did you mean one of its folders {', '.join(nested)}?" if nested else f"make it: {REMEDY}"
-            raise DataError(f"{root} has no index ({path} is missing): it is empty or was not finished; {hint}")
+        if verify not in ("none", "crc", "full"):
+            raise DataError(f"verify is {verify!r}: choose none, crc or full")
+        place = find_place(root, Path(cache) if cache is not None else None, cache_bytes, timeout)
+        folder = _fetch_index(place) if isinstance(place, Remote) else _find_index(Path(place.root))
+        rebuild = "rebuild it: python -m data.index dir=" + (str(place) if not place.remote else "DIR (where it lies)")
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads((folder / "dataset.json").read_bytes())
             if record["format"] != FORMAT:
-                raise DataError(f"{path} has format {record['format']}, expected {FORMAT}; prepare the dataset again")
-            columns = {name: np.load(root / "index" / f"{name}.npy", mmap_mode="r") for name in record["columns"]}
-            index = cls(root, record, columns)
+                raise DataError(f"the index of {place} has format {record['format']}, expected {FORMAT}; {rebuild}")
+            check_names(record)
+            columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in record["columns"]}
+            index = cls(place, record, columns, verify)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            message = f"index of {root} is unreadable ({type(error).__name__}: {error}); {REBUILD}"
+            message = f"index of {place} is unreadable ({type(error).__name__}: {error}); {rebuild}"
             raise DataError(message) from error
         if any(len(column) != len(index) for column in columns.values()):
-            raise DataError(f"index of {root} has columns of unequal length; {REBUILD}")
-        for name, size, _ in index._recorded_files():
+            raise DataError(f"index of {place} has columns of unequal length; {rebuild}")
+        if check_files and not place.remote:
+            index._check_sizes(Path(place.root))
+        return index
+
+    def _check_sizes(self, root: Path) -> None:
+        for name, size, _ in self.recorded_files():
             found = (root / name).stat().st_size if (root / name).is_file() else None
             if found is None:
                 raise DataError(f"shard {name} of dataset {root} is missing; restore it or prepare the dataset again")
@@ -92,7 +108,6 @@ class DatasetIndex:
                     f"shard {name} of dataset {root} has {found} bytes, the index recorded {size}; "
                     "restore it or prepare the dataset again"
                 )
-        return index
 
     def __len__(self) -> int:
         return int(self.shard_start[-1])
@@ -100,6 +115,18 @@ class DatasetIndex:
     def key(self, row: int) -> str:
         """Key of sample `row` (24 hex digits)."""
         return bytes(self.columns["key"][row]).decode()
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores that samples of this dataset have."""
+        return [name.removeprefix("score-") for name in self.columns if name.startswith("score-")]
+
+    def score(self, name: str) -> np.ndarray:
+        """[rows] float32, memory-mapped: a score of every sample, NaN where it wasn't measured."""
+        if name not in self.scores:
+            known = ", ".join(self.scores) or "none"
+            raise DataError(f"dataset {self.place} has no score {name!r}; it has: {known}")
+        return self.columns[f"score-{name}"]
 
     def shard_of(self, row: int) -> int:
         """Number of the shard that holds `row`."""
@@ -111,56 +138,86 @@ class DatasetIndex:
         """Geometry of sample `row`."""
         return self.buckets[self.shard_bucket[self.shard_of(row)]]
 
+    def read_into(
+        self, row: int, captioner: str, *, video: Tensor, audio: Tensor, condition: Tensor, text: Tensor
+    ) -> None:
+        """Read sample `row` into one slot of a batch, in the model's layout; every element is written.
+
+        video, condition: [16, T, H, W]; audio: [128, La]; text: [length, D], zeros after the caption, which is cut off
+        where it is longer. All bfloat16 and contiguous (the audio needn't be). A modality that the bucket lacks becomes
+        zeros. Errors as read_clip; after a DamagedSample the slot is zeros.
+        """
+        bucket = self.bucket_of(row)
+        sound = torch.empty(bucket.audio_steps, AUDIO_CHANNELS, dtype=torch.bfloat16) if bucket.has_audio else None
+        try:
+            if bucket.has_video:
+                self._read_av(row, video, condition, sound)
+            else:
+                self._read_av(row, None, None, sound)
+                video.zero_()
+                condition.zero_()
+            if sound is None:
+                audio.zero_()
+            else:
+                audio.copy_(sound.T)
+            self._read_text(row, captioner, text)
+        except DamagedSample:
+            for tensor in (video, audio, condition, text):
+                tensor.zero_()
+            raise
+
     def read_clip(self, row: int) -> EncodedClip:
         """Latents and meta of sample `row`. DamagedSample when bytes are wrong, DataError when they can't be read."""
-        key, shard = self.key(row), self.shards[self.shard_of(row)]["name"]
-        tensors = self._member(row, "av", shard)
-        meta = self._member(row, "json", shard)
-        try:
-            clip = EncodedClip.from_members(key, tensors, meta, self.bucket_of(row))
-        except ValueError as error:
-            raise DamagedSample(key, shard, str(error)) from error
-        if name := clip.not_finite():
-            raise DamagedSample(key, shard, f"NaN or inf in {name}")
-        return clip
+        bucket = self.bucket_of(row)
+        grid = (VIDEO_CHANNELS, bucket.frames, bucket.height, bucket.width)
+        video, condition = (torch.empty(grid, dtype=torch.bfloat16) if bucket.has_video else None for _ in range(2))
+        sound = torch.empty(bucket.audio_steps, AUDIO_CHANNELS, dtype=torch.bfloat16) if bucket.has_audio else None
+        self._read_av(row, video, condition, sound)
+        return EncodedClip(self.key(row), video, sound, condition, self.read_meta(row))
 
     def read_text(self, row: int, captioner: str) -> Tensor:
         """Text embedding [L, D] bfloat16, unpadded, of sample `row`. Errors as read_clip."""
-        if captioner not in self.captioners:
-            raise DataError(f"dataset {self.root} has no captioner {captioner!r}; it has {', '.join(self.captioners)}")
-        key, shard = self.key(row), self.shards[self.shard_of(row)]["text"][captioner]
-        data = self._member(row, f"text-{captioner}", shard)
-        try:
-            return _parse_text(data, self.text_dim)
-        except ValueError as error:
-            raise DamagedSample(key, shard, str(error)) from error
+        return self._read_text(row, captioner, None)
 
     def read_meta(self, row: int) -> dict[str, Any]:
         """The json of sample `row`. Errors as read_clip."""
-        shard = self.shards[self.shard_of(row)]["name"]
-        data = self._member(row, "json", shard)
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise DamagedSample(self.key(row), shard, f"json does not parse ({error})") from error
+
+        def parse(source: Source, offset: int, size: int, crc: int | None) -> dict[str, Any]:
+            data = read_bytes(source, offset, size, crc)
+            try:
+                return json.loads(data)
+            except ValueError as error:
+                raise ValueError(f"does not parse ({error})") from error
+
+        return self._read(row, "json", None, parse)
 
     def empty_text(self) -> Tensor:
         """The encoded empty prompt [L0, D] bfloat16: dropped text in training, the unconditional branch in sampling."""
-        path = self.root / EMPTY_TEXT
-        data = _retry(lambda: path.read_bytes(), str(path))
+        data = retry(lambda: b"".join(self.place.stream(EMPTY_TEXT)), self.place, EMPTY_TEXT)
         try:
-            return _parse_text(data, self.text_dim)
+            text = load_tensors(data).get("text")
+            if text is None or text.ndim != 2 or text.shape[1] != self.text_dim or len(text) == 0:
+                raise ValueError(f"holds no text [L, {self.text_dim}]")
+            if not is_finite(text):
+                raise ValueError("holds NaN or inf")
+            return text
         except ValueError as error:
-            raise DataError(f"{path} {error}; prepare the dataset again") from error
+            raise DataError(f"{EMPTY_TEXT} of {self.place} {error}; prepare the dataset again") from error
 
     def verify(self) -> list[str]:
         """Read every file in full and compare with the recorded SHA-256. One message for every difference."""
         messages = []
-        for name, size, digest in self._recorded_files():
+        for name, size, digest in self.recorded_files():
             try:
-                found_size, found = (self.root / name).stat().st_size, _sha256(self.root / name)
+                if self.place.remote:
+                    found_size, found = retry(lambda name=name: _digest(self.place, name), self.place, name)  # type: ignore[misc]
+                else:
+                    found_size, found = _digest(self.place, name)
             except OSError as error:
                 messages.append(f"{name}: {error.strerror or error}")
+                continue
+            except DataError as error:
+                messages.append(f"{name}: {error}")
                 continue
             if found_size != size:
                 messages.append(f"{name}: has {found_size} bytes, recorded {size}")
@@ -170,11 +227,9 @@ class DatasetIndex:
 
     def close(self) -> None:
         """Close the shards that are held open; reading again opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self.place.close()
 
-    def _recorded_files(self) -> list[tuple[str, int, str]]:
+    def recorded_files(self) -> list[tuple[str, int, str]]:
         """(name, bytes, sha256) of every file of the dataset beside the index."""
         empty = self.record["empty_text"]
         files = [(EMPTY_TEXT, empty["bytes"], empty["sha256"])]
@@ -186,218 +241,190 @@ class DatasetIndex:
             ]
         return files
 
-    def _member(self, row: int, column: str, shard: str) -> bytes:
-        """Bytes of one tar member, its checksum verified."""
-        offset, size = int(self.columns[f"{column}_offset"][row]), int(self.columns[f"{column}_size"][row])
-        if size == 0:
-            raise DamagedSample(self.key(row), shard, f"{column} has length zero")
-        data = _retry(lambda: self._pread(shard, offset, size), str(self.root / shard))
-        if len(data) != size:
-            raise DamagedSample(self.key(row), shard, f"{column} ends after {len(data)} of {size} bytes")
-        found, recorded = zlib.crc32(data), int(self.columns[f"{column}_crc"][row])
-        if found != recorded:
-            raise DamagedSample(self.key(row), shard, f"{column} has checksum {found:08x}, recorded {recorded:08x}")
-        return data
+    def _read_av(self, row: int, video: Tensor | None, condition: Tensor | None, sound: Tensor | None) -> None:
+        """Read the tensors that are given (those of the bucket), sound as stored [La, 128]."""
+        expected = {
+            name: t for name, t in (("video", video), ("condition", condition), ("audio", sound)) if t is not None
+        }
+        stored = 0  # frames of the condition: its constant tail isn't stored
 
-    def _pread(self, name: str, offset: int, size: int) -> bytes:
-        with self._lock:  # held while reading, so that no other thread closes the descriptor
-            descriptor = self._files.pop(name, None)
-            if descriptor is None:
-                descriptor = os.open(self.root / name, os.O_RDONLY)
-            self._files[name] = descriptor
-            if len(self._files) > OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
+        def targets(entries: dict[str, Entry]) -> list[memoryview]:
+            nonlocal stored
+            shapes = {name: entry.shape for name, entry in entries.items()}
+            wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+            if condition is not None and len(shape := shapes.get("condition", ())) == 4:
+                stored = shape[1]
+                if 1 <= stored <= condition.shape[1]:
+                    wanted["condition"] = (condition.shape[0], stored, *condition.shape[2:])
+            if shapes != wanted:
+                raise ValueError(f"holds tensors {shapes}, its bucket says {wanted}")
+            buffers: list[memoryview] = []
+            for name in entries:
+                tensor = expected[name]
+                buffers += map(buffer_of, tensor[:, :stored]) if name == "condition" else [buffer_of(tensor)]
+            return buffers
+
+        def fill(source: Source, offset: int, size: int, crc: int | None) -> None:
+            read_tensors(source, offset, size, crc, targets)
+            self._refuse_not_finite(row, "av", expected)
+
+        self._read(row, "av", None, fill)
+        if condition is not None and stored < condition.shape[1]:
+            condition[:, stored:] = condition[:, stored - 1 : stored]
+
+    def _read_text(self, row: int, captioner: str, padded: Tensor | None) -> Tensor:
+        """Read a caption's embedding into `padded` [length, D], or into a new tensor [L, D]."""
+        if captioner not in self.captioners:
+            raise DataError(f"dataset {self.place} has no captioner {captioner!r}; it has {', '.join(self.captioners)}")
+        text = torch.empty(0)
+
+        def targets(entries: dict[str, Entry]) -> list[memoryview]:
+            nonlocal text
+            shapes = {name: entry.shape for name, entry in entries.items()}
+            shape = shapes.get("text", ())
+            if len(shapes) != 1 or len(shape) != 2 or shape[1] != self.text_dim or shape[0] == 0:
+                raise ValueError(f"holds tensors {shapes}, expected text [L, {self.text_dim}]")
+            text = torch.empty(shape, dtype=torch.bfloat16) if padded is None else padded[: shape[0]]
+            rest = torch.empty(shape[0] - len(text), shape[1], dtype=torch.bfloat16)  # cut off, but checked
+            return [buffer_of(text), buffer_of(rest)]
+
+        def fill(source: Source, offset: int, size: int, crc: int | None) -> None:
+            read_tensors(source, offset, size, crc, targets)
+            self._refuse_not_finite(row, f"text-{captioner}", {"text": text})
+
+        self._read(row, f"text-{captioner}", captioner, fill)
+        if padded is None:
+            return text
+        padded[len(text) :] = 0
+        return padded
+
+    def _refuse_not_finite(self, row: int, column: str, tensors: dict[str, Tensor]) -> None:
+        if self.check == "full" or not self.columns[f"{column}_finite"][row]:
+            for name, tensor in tensors.items():
+                if not is_finite(tensor):
+                    raise ValueError(f"NaN or inf in {name}")
+
+    def _read(
+        self, row: int, column: str, captioner: str | None, read: Callable[[Source, int, int, int | None], T]
+    ) -> T:
+        """Let `read` (source, offset, size, checksum) read one member; it raises ValueError for wrong bytes.
+
+        They are read twice before they count as damage: the first time, they may have been damaged on their way.
+        """
+        shard = self.shards[self.shard_of(row)]
+        name, length, digest = shard["name"], shard["bytes"], shard["sha256"]
+        if captioner is not None:
+            name, length, digest = (shard[kind][captioner] for kind in ("text", "text_bytes", "text_sha256"))
+        offset, size, recorded = (int(self.columns[f"{column}_{what}"][row]) for what in ("offset", "size", "crc"))
+        crc = recorded if self.check != "none" else None
+        if size == 0:
+            raise DamagedSample(self.key(row), name, f"{column} has length zero")
+
+        def attempt() -> T:
+            with self.place.source(name, length, digest) as source:
+                return read(source, offset, size, crc)
+
+        for last in (False, True):
             try:
-                parts = []
-                while size > 0 and (part := os.pread(descriptor, size, offset)):
-                    parts.append(part)
-                    offset, size = offset + len(part), size - len(part)
-                return b"".join(parts)
-            except OSError:
-                os.close(self._files.pop(name))  # a stale handle never recovers: the next attempt opens the file anew
-                raise
+                return retry(attempt, self.place, name)
+            except ValueError as error:
+                if last:
+                    raise DamagedSample(self.key(row), name, f"{column} {error}") from error
+                self.place.forget(name, digest)
+        raise AssertionError("unreachable")
 
 
 def build_index(root: Path | str) -> DatasetIndex:
-    """Scan the shards in `root` and write `root/index` (atomically, replacing an old one).
+    """Scan the shards in `root` and write `root/index`; see data.build.write_index."""
+    from data.build import write_index
 
-    DataError when there are no shards, a tar doesn't parse, the columns of text don't hold the same keys in the same
-    order, a shard mixes buckets, or a key occurs twice.
-    """
-    root = Path(root)
-    numbers = sorted(match[1] for path in root.glob("av-*.tar") if (match := re.fullmatch(r"av-(\d+)\.tar", path.name)))
-    if not numbers:
-        raise DataError(f"{root} holds no shards (av-000000.tar, ...); make them with `python -m data.prepare`")
-    first = numbers[0]
-    captioners = sorted(path.name[5 : -5 - len(first)] for path in root.glob(f"text-*-{first}.tar"))
-    if not (root / EMPTY_TEXT).is_file():
-        raise DataError(f"{root / EMPTY_TEXT} is missing; prepare the dataset again")
-    empty = load((root / EMPTY_TEXT).read_bytes())["text"]
-    rows: dict[str, list[Any]] = {"key": [], "shard": []}
-    buckets: list[dict[str, Any]] = []
-    encoders: dict[str, str] = {}
-    shards: list[dict[str, Any]] = []
-    for number, name in enumerate(numbers):
-        av = root / f"av-{name}.tar"
-        members = _scan(av)
-        keys = list(members)
-        for captioner in captioners:
-            text = root / f"text-{captioner}-{name}.tar"
-            text_members = _scan(text)
-            if list(text_members) != keys:
-                raise DataError(f"{text} does not hold the keys of {av} in the same order; caption it again")
-            _append(rows, f"text-{captioner}", text, [text_members[key].get("safetensors") for key in keys])
-        _append(rows, "av", av, [members[key].get("safetensors") for key in keys])
-        _append(rows, "json", av, [members[key].get("json") for key in keys])
-        rows["key"] += [key.encode() for key in keys]
-        rows["shard"] += [number] * len(keys)
-        metas = _read_metas(av, [members[key]["json"] for key in keys])
-        bucket = metas[0]["bucket"]
-        if any(meta["bucket"] != bucket for meta in metas):
-            raise DataError(f"{av} mixes buckets; all samples of one shard must have one geometry")
-        if bucket not in buckets:
-            buckets.append(bucket)
-        for meta in metas:
-            for kind, fingerprint in meta.get("encoders", {}).items():
-                if encoders.setdefault(kind, fingerprint) != fingerprint:
-                    raise DataError(
-                        f"{av} has {kind} encoder {fingerprint}, others {encoders[kind]}; prepare it again with one"
-                    )
-        text_names = {captioner: f"text-{captioner}-{name}.tar" for captioner in captioners}
-        shards.append(
-            {
-                "name": av.name,
-                "samples": len(keys),
-                "bucket": buckets.index(bucket),
-                "bytes": av.stat().st_size,
-                "sha256": _sha256(av),
-                "text": text_names,
-                "text_bytes": {captioner: (root / text).stat().st_size for captioner, text in text_names.items()},
-                "text_sha256": {captioner: _sha256(root / text) for captioner, text in text_names.items()},
-            }
-        )
-    if len(set(rows["key"])) != len(rows["key"]):
-        twice = sorted(key.decode() for key, count in Counter(rows["key"]).items() if count > 1)[:3]
-        raise DataError(f"{root}: keys occur more than once: {', '.join(twice)}; prepare the dataset again")
-    empty_record = {"bytes": (root / EMPTY_TEXT).stat().st_size, "sha256": _sha256(root / EMPTY_TEXT)}
-    hashes = [[shard["sha256"], sorted(shard["text_sha256"].items())] for shard in shards] + [empty_record["sha256"]]
-    record = {
-        "format": FORMAT,
-        "samples": len(rows["key"]),
-        "buckets": buckets,
-        "captioners": captioners,
-        "text_dim": empty.shape[-1],
-        "encoders": encoders,
-        "empty_text": empty_record,
-        "shards": shards,
-        "columns": sorted(rows),
-        "fingerprint": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
-    }
-    _write(root, rows, record)
+    write_index(Path(root))
     return DatasetIndex.open(root)
 
 
-def _scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Members of a tar: key -> kind (safetensors, json) -> (offset of the data, size)."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                if kind in members.setdefault(key, {}):
-                    raise DataError(f"{path}: {member.name} occurs twice; prepare the dataset again")
-                members[key][kind] = (member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path} can't be read ({error}); restore it or prepare the dataset again") from error
-    for key, kinds in members.items():
-        if set(kinds) != {"safetensors", "json"} or len(key) > 24:
-            raise DataError(
-                f"{path}: sample {key!r} has members {sorted(kinds)}, expected json and safetensors and a key "
-                "of at most 24 characters; prepare the dataset again"
-            )
-    if not members:
-        raise DataError(f"{path} is empty; delete it or prepare the dataset again")
-    return members
+def check_names(record: dict[str, Any]) -> None:
+    """ValueError when a file name in an index could lead out of its folder or be taken for an option."""
+    names = [*record["columns"], *record["captioners"]]
+    for shard in record["shards"]:
+        names += [shard["name"], *shard["text"].values()]
+    for name in names:
+        if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no plain file name")
 
 
-def _append(rows: dict[str, list[Any]], column: str, path: Path, places: list[tuple[int, int] | None]) -> None:
-    with open(path, "rb") as file:
-        for place in places:
-            assert place is not None  # _scan has checked it
-            file.seek(place[0])
-            rows.setdefault(f"{column}_offset", []).append(place[0])
-            rows.setdefault(f"{column}_size", []).append(place[1])
-            rows.setdefault(f"{column}_crc", []).append(zlib.crc32(file.read(place[1])))
-
-
-def _read_metas(path: Path, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    metas = []
-    with open(path, "rb") as file:
-        for offset, size in places:
-            file.seek(offset)
-            try:
-                meta = json.loads(file.read(size))
-                Bucket.from_dict(meta["bucket"])
-            except (ValueError, KeyError, TypeError) as error:
-                message = f"{path}: a sample's json has no valid bucket ({error}); prepare the dataset again"
-                raise DataError(message) from error
-            metas.append(meta)
-    return metas
-
-
-def _write(root: Path, rows: dict[str, list[Any]], record: dict[str, Any]) -> None:
-    final, temporary = root / "index", root / "index.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name, values in rows.items():
-        kind = "S24" if name == "key" else np.uint64 if name.endswith(("_offset", "_size")) else np.uint32
-        with open(temporary / f"{name}.npy", "wb") as file:
-            np.save(file, np.array(values, dtype=kind), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-    with open(temporary / "dataset.json", "wb") as file:
-        file.write(encode_json(record))
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)  # a kill between here and the rename loses an index that the tars give back
-    os.rename(temporary, final)
-
-
-def _parse_text(data: bytes, dim: int) -> Tensor:
-    try:
-        text = load(data)["text"]
-    except Exception as error:  # safetensors raises its own class
-        raise ValueError(f"does not parse ({type(error).__name__}: {error})") from error
-    if text.ndim != 2 or text.shape[1] != dim or text.shape[0] == 0 or text.dtype != torch.bfloat16:
-        raise ValueError(f"holds text {tuple(text.shape)} {text.dtype}, expected [L, {dim}] bfloat16")
-    if not bool(torch.isfinite(text).all()):
-        raise ValueError("NaN or inf in text")
-    return text
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while part := file.read(1 << 20):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _retry(read: Callable[[], T], place: str) -> T:
-    """Read errors of a file system are mostly transient; the last attempt stops the job, no sample is lost."""
-    for attempt in range(len(RETRY_WAITS) + 1):
+def retry(read: Callable[[], T], place: Place, name: str) -> T:
+    """Read errors are mostly transient; the last attempt stops the job with DataError, and no sample is lost."""
+    waits = REMOTE_WAITS if place.remote else RETRY_WAITS
+    for wait in (*waits, None):
         try:
             return read()
         except OSError as error:
-            if attempt == len(RETRY_WAITS):
-                message = (
-                    f"{place} can't be read after {attempt + 1} attempts ({error}); check the file system, then resume"
-                )
-                raise DataError(message) from error
-            time.sleep(RETRY_WAITS[attempt])
+            if wait is None:
+                remedy = "check the line and the store" if place.remote else "check the file system"
+                raise DataError(
+                    f"{name} of {place} can't be read after {len(waits) + 1} attempts ({error}); {remedy}, then resume"
+                ) from error
+            time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _find_index(root: Path) -> Path:
+    if not root.is_dir():
+        raise DataError(
+            f"dataset folder {root} does not exist; make it: python -m data.prepare source=... output={root}"
+        )
+    path = root / "index" / "dataset.json"
+    if not path.is_file():
+        nested = sorted(entry.parent.parent.name for entry in root.glob("*/index/dataset.json"))
+        hint = f"make it: python -m data.index dir={root}" if any(root.glob("av-*.tar")) else ""
+        hint = hint or "make it: python -m data.prepare source=... output=..."
+        hint = f"did you mean one of its folders {', '.join(nested)}?" if nested else hint
+        raise DataError(f"{root} has no index ({path} is missing): it is empty or was not finished; {hint}")
+    return path.parent
+
+
+def _fetch_index(place: Remote) -> Path:
+    """The index of a remote dataset, fetched once for all processes that share the cache."""
+    described = retry(lambda: b"".join(place.stream("index/dataset.json")), place, "index/dataset.json")
+    try:
+        record = json.loads(described)
+        check_names(record)
+        columns = {name: record["column_sha256"][name] for name in record["columns"]}
+    except (ValueError, KeyError, TypeError) as error:
+        message = (
+            f"index/dataset.json of {place} is unreadable ({type(error).__name__}: {error}); build the index again"
+        )
+        raise DataError(message) from error
+
+    def write(target: Path) -> None:
+        for name, digest in columns.items():
+            retry(lambda name=name, digest=digest: _save(place, name, digest, target), place, f"index/{name}.npy")  # type: ignore[misc]
+        (target / "dataset.json").write_bytes(described)
+
+    return place.cache.folder_of(f"index-{hashlib.sha256(described).hexdigest()[:32]}", write)
+
+
+def _save(place: Place, name: str, digest: str, folder: Path) -> None:
+    found = hashlib.sha256()
+    with open(folder / f"{name}.npy", "wb") as file:
+        for part in place.stream(f"index/{name}.npy"):
+            found.update(part)
+            file.write(part)
+    if found.hexdigest() != digest:
+        raise OSError(
+            "its bytes have another SHA-256 than dataset.json says: it is being replaced, or broke on its way"
+        )
+
+
+def _digest(place: Place, name: str) -> tuple[int, str]:
+    size, digest = 0, hashlib.sha256()
+    for part in place.stream(name):
+        size += len(part)
+        digest.update(part)
+    return size, digest.hexdigest()
+
+
+if __name__ == "__main__":
+    from data.build import main
+
+    main()

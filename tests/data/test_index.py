@@ -1,6 +1,7 @@
 """Shards and their index: what is written is found, and every damage is told apart and named."""
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import webdataset
 
 import data.index
+import data.places
 from data.clip import Bucket, EncodedClip
 from data.errors import DamagedSample, DataError
 from data.index import DatasetIndex, build_index
@@ -162,7 +164,7 @@ def test_columns_that_do_not_match_are_refused(dataset: Path) -> None:
 def test_transient_errors_are_retried_then_stop_without_damage(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.index, "RETRY_WAITS", (0.0, 0.0, 0.0))
     index = DatasetIndex.open(dataset)
-    true_pread, failures = data.index.os.pread, [0]
+    true_pread, failures = os.pread, [0]
 
     def flaky(*arguments: Any) -> bytes:
         if failures[0]:
@@ -170,7 +172,7 @@ def test_transient_errors_are_retried_then_stop_without_damage(dataset: Path, mo
             raise OSError(5, "Input/output error")
         return true_pread(*arguments)
 
-    monkeypatch.setattr(data.index.os, "pread", flaky)
+    monkeypatch.setattr(os, "pread", flaky)
     failures[0] = 3
     assert index.read_clip(0).key == index.key(0)
     failures[0] = 4
@@ -188,10 +190,10 @@ def test_an_interrupted_writer_leaves_no_shard(tmp_path: Path) -> None:
 
 
 def test_many_shards_share_few_descriptors(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.index, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(data.places, "OPEN_SHARDS", 2)
     index = DatasetIndex.open(dataset)
     for row in np.random.default_rng(0).permutation(len(index)).tolist() * 3:
         assert index.read_clip(row).key == index.key(row)
-        assert len(index._files) <= 2
+        assert len(index.place._open) <= 2  # type: ignore[attr-defined]
     index.close()
     assert index.read_clip(0).key == index.key(0)
