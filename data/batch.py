@@ -48,27 +48,36 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
+    def blanked(self, slots: Sequence[int]) -> Batch:
+        """The same with these slots as those of damaged samples: zeros and weight 0 (NaN times 0 would stay NaN)."""
+        changed = {name: getattr(self, name).clone() for name in ("video", "audio", "condition", "text", "weight")}
+        for slot in slots:
+            for tensor in changed.values():
+                tensor[slot] = 0
+            changed["condition"][slot, :MASK_CHANNELS, 0] = 1
+        return replace(self, **changed)
+
 
 def assemble(
     step: int, bucket: Bucket, samples: Sequence[Sample], empty_text: Tensor, text_length: int, total_weight: float
 ) -> Batch:
     """Copy samples of one bucket into a Batch. `empty_text` [L0, D]; text beyond `text_length` is cut off."""
     count, grid = len(samples), (bucket.frames, bucket.height, bucket.width)
-    video = torch.zeros(count, VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
-    audio = torch.zeros(count, AUDIO_CHANNELS, bucket.audio_steps, dtype=torch.bfloat16)
-    condition = torch.zeros(count, MASK_CHANNELS + VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
+    video = torch.empty(count, VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
+    audio = torch.empty(count, AUDIO_CHANNELS, bucket.audio_steps, dtype=torch.bfloat16)
+    condition = torch.empty(count, MASK_CHANNELS + VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
+    condition[:, :MASK_CHANNELS] = 0
     condition[:, :MASK_CHANNELS, 0] = 1
-    text = torch.zeros(count, text_length, empty_text.shape[-1], dtype=torch.bfloat16)
+    text = torch.empty(count, text_length, empty_text.shape[-1], dtype=torch.bfloat16)
     for slot, sample in enumerate(samples):
-        if sample.clip is not None:
-            if sample.clip.video is not None:
-                video[slot] = sample.clip.video
-            if sample.clip.audio is not None:
-                audio[slot] = sample.clip.audio.T
-            if sample.clip.condition is not None:
-                condition[slot, MASK_CHANNELS:] = sample.clip.condition
+        clip = sample.clip
+        _put(video[slot], None if clip is None else clip.video)
+        _put(audio[slot], None if clip is None or clip.audio is None else clip.audio.T)
+        _put(condition[slot, MASK_CHANNELS:], None if clip is None else clip.condition)
+        kept = 0 if sample.text is None else min(len(sample.text), text_length)
         if sample.text is not None:
-            text[slot] = pad_text(sample.text, text_length)
+            text[slot, :kept] = sample.text[:kept]
+        text[slot, kept:] = 0
     return Batch(
         step=step,
         bucket=bucket,
@@ -84,6 +93,14 @@ def assemble(
         audio_weight=torch.full((count,), float(bucket.has_audio)),
         total_weight=total_weight,
     )
+
+
+def _put(place: Tensor, values: Tensor | None) -> None:
+    """Every byte is written once: zeroing all of a batch first would cost as much as the copies."""
+    if values is None:
+        place.zero_()
+    else:
+        place.copy_(values)
 
 
 def pad_text(text: Tensor, length: int) -> Tensor:

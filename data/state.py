@@ -9,20 +9,26 @@ from data.errors import DataError
 
 
 class Quarantined(TypedDict):
-    """A damaged sample, at the step at which it was consumed with weight 0."""
+    """A damaged sample, at the step at which it was consumed.
+
+    found: "read" when its bytes were wrong, so that it had weight 0 in that step (it is looked at again in the next
+    pass, when its shard may have been restored); "step" when the step itself found it: from then on it has weight 0.
+    """
 
     key: str
     shard: str
     reason: str
     step: int
+    found: str
 
 
 @dataclass
 class Segment:
     """From `first_step` on, the run follows the order that these arguments fix (see `data.order.Order`).
 
-    `first_sample` is the number of samples of all earlier segments: sample numbers, and with them the noise, stay
-    unique over a change of data even when the earlier dataset is gone.
+    fingerprint: of the mixture of datasets (see `data.mixture.Mixture`); `sources` describes it, so that a difference
+    can be shown. `first_sample` is the number of samples of all earlier segments: sample numbers, and with them the
+    noise, stay unique over a change of data even when the earlier dataset is gone.
     """
 
     first_step: int
@@ -31,6 +37,26 @@ class Segment:
     seed: int
     window: int
     first_sample: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def differences(self, other: Segment) -> list[str]:
+        """Lines "what: here -> there" for all that makes two segments different orders.
+
+        What the other one does not know (an empty fingerprint, no batch sizes, no or incomplete sources) is no
+        difference.
+        """
+        lines = []
+        if self.sources and other.sources:
+            known = {name for source in other.sources for name in source}
+            here = [{name: value for name, value in source.items() if name in known} for source in self.sources]
+            lines = _source_differences(here, other.sources)
+        if other.fingerprint and self.fingerprint != other.fingerprint and not lines:
+            lines.append(f"fingerprint: {self.fingerprint} -> {other.fingerprint}")
+        for name in ("first_step", "batch_sizes", "seed", "window"):
+            unknown = name == "batch_sizes" and not other.batch_sizes
+            if getattr(self, name) != getattr(other, name) and not unknown:
+                lines.append(f"{name}: {getattr(self, name)} -> {getattr(other, name)}")
+        return lines
 
 
 @dataclass
@@ -50,7 +76,7 @@ class DataState:
 
     @classmethod
     def start(cls, fingerprint: str, batch_sizes: list[int], seed: int, window: int) -> DataState:
-        """The state of a new run."""
+        """The state of a new run with one segment."""
         return cls([Segment(0, fingerprint, list(batch_sizes), seed, window)])
 
     def segment(self, step: int | None = None) -> Segment:
@@ -58,15 +84,53 @@ class DataState:
         step = self.position if step is None else step
         return [segment for segment in self.segments if segment.first_step <= step][-1]
 
-    def check(self, fingerprint: str, step: int | None = None) -> None:
-        """DataError when the dataset with this fingerprint is not the one that `step` (default: position) needs."""
+    def check(self, fingerprint: str, step: int | None = None, sources: list[dict[str, Any]] | None = None) -> None:
+        """DataError when data with this fingerprint is not what `step` (default: position) needs.
+
+        sources: the description of that data, to show the difference.
+        """
         segment = self.segment(step)
-        if segment.fingerprint != fingerprint:
+        if segment.fingerprint == fingerprint:
+            return
+        lines = _source_differences(segment.sources, sources or [])
+        raise DataError(
+            f"the dataset is not the one of this run: its fingerprint is {fingerprint}, the run follows "
+            f"{segment.fingerprint} since step {segment.first_step}. Point the run at the dataset that it started "
+            f"with, ask for the change as a new segment (data.segments, from step {self.position} on or later), or "
+            "start a new run on this one" + "".join(f"\n  {line}" for line in lines)
+        )
+
+    def follow(self, planned: list[Segment]) -> None:
+        """Go on by these segments from the position on; what lies before it must be what the run has done.
+
+        Segments that ended before the position may come without a fingerprint (""), because their data need not be
+        there any more; they are compared by what is given of them. What was recorded stays, with its `first_sample`;
+        in new segments that must be right. DataError, which shows the difference, where the past would become another
+        one.
+        """
+        DataState(planned)  # starts at 0 and ascends
+        past = [segment for segment in self.segments if segment.first_step < self.position]
+        if not past:  # a new run
+            self.segments = list(planned)
+            return
+        lines = []
+        for number, segment in enumerate(past):
+            if number >= len(planned):
+                lines.append(f"segment {number}, from step {segment.first_step}: recorded, and now missing")
+                continue
+            there = planned[number]
+            lines += [f"segment {number}, {line}" for line in segment.differences(there)]
+        for there in planned[len(past) :]:
+            if there.first_step < self.position:
+                lines.append(f"a segment from step {there.first_step}, which lies before {self.position}: new")
+        if lines:
             raise DataError(
-                f"the dataset is not the one of this run: its fingerprint is {fingerprint}, the run follows "
-                f"{segment.fingerprint} since step {segment.first_step}. Point the run at the dataset that it started "
-                "with, or start a new run on this one"
+                f"the data of the past {self.position} steps can't be changed (recorded -> now):\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + f"\nUndo it, or ask for it as a new segment from step {self.position} on or later"
             )
+        later = planned[len(past) :]
+        self.segments = past + later
 
     def absorb(self, quarantine: list[Quarantined]) -> None:
         """Add what other ranks found (each sees only its own samples); a known entry is not added twice."""
@@ -89,9 +153,37 @@ class DataState:
                 segments=[Segment(**segment) for segment in saved["segments"]],
                 position=int(saved["position"]),
                 quarantine=[
-                    Quarantined(key=e["key"], shard=e["shard"], reason=e["reason"], step=int(e["step"]))
+                    Quarantined(
+                        key=e["key"],
+                        shard=e["shard"],
+                        reason=e["reason"],
+                        step=int(e["step"]),
+                        found=e.get("found", "read"),
+                    )
                     for e in saved["quarantine"]
                 ],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the saved data state cannot be read ({error!r}): {saved}") from error
+
+
+def _source_differences(recorded: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Lines "source n, what: recorded -> now". Sources are matched by what they share; listing order doesn't count."""
+    left, lines = list(now), []
+    for number, before in enumerate(recorded):
+        # The likeliest counterpart: the one with the fewest fields that differ.
+        after = min(left, key=lambda other: len(_differing(before, other)), default=None)
+        if after is None:
+            lines.append(f"source {number}, {before}: recorded, and now missing")
+            continue
+        left.remove(after)
+        lines += [
+            f"source {number}, {name}: {before.get(name)} -> {after.get(name)}" for name in _differing(before, after)
+        ]
+    if recorded:
+        lines += [f"a source that was not recorded: {after}" for after in left]
+    return lines
+
+
+def _differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]

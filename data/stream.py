@@ -1,7 +1,8 @@
-"""The loader: the micro-batches of one rank, step by step, read ahead by one background thread.
+"""The loader: the micro-batches of one rank, step by step, read ahead by background threads.
 
-The global batches come from `data.order` and know nothing of ranks; ranks only share the reading. Slot s of a batch
-goes to rank s % dp_world, so any number of ranks up to the batch gives the same samples, numbers and weights per step.
+The global batches come from `data.order` and know nothing of ranks or threads; these only share the reading. Slot s of
+a batch goes to rank s % dp_world, so any number of ranks up to the batch gives the same samples, numbers and weights
+per step.
 
     with Stream(index, state, dp_rank=0, dp_world=2, micro_batch=1, text_length=512, transform=prepare) as stream:
         micro_batches = next(stream)        # state.position is now the following step
@@ -10,29 +11,55 @@ goes to rank s % dp_world, so any number of ranks up to the batch gives the same
 from __future__ import annotations
 
 import atexit
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
 
 from data.batch import Batch, Sample, assemble
 from data.errors import DamagedSample, DataError
 from data.index import DatasetIndex
+from data.mixture import Mixture
 from data.order import Order
+from data.share import Share
 from data.state import DataState, Quarantined, Segment
 
 T = TypeVar("T")
 
+REPORTED = "step"  # Quarantined["found"] of a sample that a step found damaged: it is not used again
+LOOK_BACK = 64  # steps in which a reported sample is looked for
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One step's micro-batches of this rank, before the transform."""
+
+    step: int
+    batches: list[Batch]
+    damaged: list[Quarantined]
+    seen: int  # samples of the run up to and with this step, over all ranks
+    excluded: frozenset[str]  # the reported samples that were known when it was read
+
 
 @dataclass(frozen=True)
 class _Ready(Generic[T]):
-    step: int
+    read: _Read
     micro_batches: list[T]
-    damaged: list[Quarantined]
-    seen: int  # samples of the run up to and with this step, over all ranks
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a segment's steps are read from."""
+
+    segment: Segment
+    mixture: Mixture
+    order: Order
+    captioners: list[str]  # per selection
+    empty_text: Tensor
 
 
 class Stream(Generic[T]):
@@ -43,22 +70,26 @@ class Stream(Generic[T]):
     parallel) share a dp_rank.
 
     Args:
-        index: the dataset.
+        data: a whole dataset, or the mixtures that the state's segments need from its position on.
         state: advanced by `__next__` (not by reading ahead), so that it can be saved between any two steps.
         text_length: captions are padded and cut to it.
-        captioner: whose captions (default: the dataset's first).
-        transform: from Batch to what the step needs; runs in the background thread.
-        prefetch: steps that lie ready at most.
+        captioner: whose captions (default: each dataset's first).
+        transform: from Batch to what the step needs; runs in the background threads.
+        prefetch: steps that lie ready at most. `workers` more may be in the making: memory is bounded by both.
+        workers: background threads that read and transform, each a step at a time; 0: `__next__` does it itself. No
+            number changes what comes out.
         quarantine_budget: fraction of damaged samples above which the run stops. A rank counts what it found and what
             `state.absorb` brought from others.
+        share: only its leader reads, the other ranks of the group receive (default: every rank reads for itself). All
+            ranks of the group must close their streams.
 
-    Raises DataError when the dataset is not the one of the state or the numbers don't fit it, and from `__next__` when
+    Raises DataError when the data is not the one of the state or the numbers don't fit it, and from `__next__` when
     reading fails for good or too many samples are damaged; the state then still stands at the step that failed.
     """
 
     def __init__(
         self,
-        index: DatasetIndex,
+        data: DatasetIndex | Mixture | Sequence[Mixture],
         state: DataState,
         *,
         dp_rank: int,
@@ -68,33 +99,46 @@ class Stream(Generic[T]):
         transform: Callable[[Batch], T],
         captioner: str | None = None,
         prefetch: int = 2,
+        workers: int = 1,
         quarantine_budget: float = 0.001,
+        share: Share | None = None,
     ) -> None:
         if not 0 <= dp_rank < dp_world:
             raise DataError(f"data rank {dp_rank} of {dp_world}: ranks count from 0 to {dp_world - 1}")
         for name, value in (("micro_batch", micro_batch), ("text_length", text_length), ("prefetch", prefetch)):
             if value < 1:
                 raise DataError(f"{name} is {value}: give 1 or more")
-        captioners = index.captioners
-        if not captioners or (captioner is not None and captioner not in captioners):
-            raise DataError(f"dataset {index.root} has no captions by {captioner!r}; choose one of {captioners}")
+        if workers < 0:
+            raise DataError(f"workers is {workers}: give a number of threads, or 0 to read in the training thread")
         self.state = state
         self.data_wait = 0.0  # seconds that the last __next__ waited
-        self._index = index
+        self._mixtures = _mixtures(data)
         self._dp_rank, self._dp_world, self._micro_batch = dp_rank, dp_world, micro_batch
-        self._text_length = text_length
-        self._captioner = captioners[0] if captioner is None else captioner
+        self._text_length, self._captioner = text_length, captioner
         self._transform = transform
         self._budget = quarantine_budget
-        self._first_step = state.position
-        self._segments = DataState(list(state.segments))  # the thread's own: it never looks at what __next__ changes
-        self._order = self._make_order(self._segments.segment(self._first_step))
-        self._empty_text = index.empty_text()
-        self._queue: queue.Queue[_Ready[T] | BaseException] = queue.Queue(prefetch)
+        self._share = share
+        # The threads' own: they never look at what __next__ changes.
+        self._segments = DataState(list(state.segments), state.position)
+        self._opened: dict[int, _Data] = {}
+        self._opening = threading.Lock()
+        self._known = -1  # entries of the quarantine that `_excluded` is made from
+        self._excluded: frozenset[str] = frozenset()
+        self._exclude()
+        self._data(state.position)
         self._failure: BaseException | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="data stream", daemon=True)
-        self._thread.start()
+        self._turn = threading.Condition()  # guards what follows
+        self._ready: dict[int, _Ready[T] | BaseException] = {}
+        self._wanted = self._next = self._sent = state.position  # the next step to hand out, to read, to pass on
+        self._ahead = prefetch + workers
+        self._stopped = self._ended = False
+        if share is not None and not share.leader:
+            workers = min(workers, 1)  # what is received comes in order
+        self._threads = [
+            threading.Thread(target=self._work, name=f"data stream {number}", daemon=True) for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.close)  # a thread inside torch while the interpreter ends aborts the process
 
     def __iter__(self) -> Stream[T]:
@@ -103,12 +147,14 @@ class Stream(Generic[T]):
     def __next__(self) -> list[T]:
         """The micro-batches of step `state.position`, which is advanced; damaged samples enter `state.quarantine`."""
         begin = time.perf_counter()
-        ready = self._get()
+        self._exclude()
+        ready = self._without_reported(self._get())
         self.data_wait = time.perf_counter() - begin
-        if ready.damaged:
-            self.state.absorb(ready.damaged)
-            self._check_budget(ready)
-        self.state.position = ready.step + 1
+        damaged = [entry for entry in ready.read.damaged if entry["key"] not in self._excluded]
+        if damaged:
+            self.state.absorb(damaged)
+            self._check_budget(ready.read.seen, ready.read.step)
+        self.state.position = ready.read.step + 1
         return ready.micro_batches
 
     def __enter__(self) -> Stream[T]:
@@ -119,111 +165,233 @@ class Stream(Generic[T]):
     ) -> None:
         self.close()
 
+    def report_damage(self, key: str, reason: str, step: int | None = None) -> None:
+        """A step found this sample damaged (NaN in its loss, say): it has weight 0 from the next `__next__` on.
+
+        Call it on every rank with the same arguments at the same position; then what follows does not depend on the
+        layout. step: the step that the sample was in (default: it is looked for in the last steps handed out). It
+        counts for the budget. DataError when no such sample was handed out, or the budget is spent.
+        """
+        last = self.state.position - 1
+        steps = [step] if step is not None else list(range(last, max(-1, last - LOOK_BACK), -1))
+        for number in steps:
+            data = self._data(number)
+            batch = data.order.batch(number - data.segment.first_step)
+            for source, row in zip(batch.datasets.tolist(), batch.rows.tolist(), strict=True):
+                index = data.mixture.selections[source].index
+                if index.key(row) == key:
+                    shard = index.shards[index.shard_of(row)]["name"]
+                    entry = Quarantined(key=key, shard=shard, reason=reason, step=number, found=REPORTED)
+                    self.state.absorb([entry])
+                    self._check_budget(data.segment.first_sample + data.order.first_sample(last + 1), last)
+                    return
+        where = f"steps {steps[-1]} to {steps[0]} do not hold it" if steps else "no step was handed out"
+        raise DataError(f"sample {key} was reported as damaged ({reason}), but {where}")
+
     def close(self) -> None:
-        """End the background thread (after the step that it is reading). The state stays valid."""
+        """End the background threads (after the steps that they are reading). The state stays valid."""
         atexit.unregister(self.close)
-        self._stop.set()
-        self._thread.join()
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+        for thread in self._threads:
+            thread.join()
         if self._failure is None:
             self._failure = RuntimeError("the stream is closed")
+        if self._share is not None and not self._ended:
+            self._ended = True
+            try:
+                if self._share.leader:
+                    self._share.send({"end": True}, [])
+                else:
+                    while "end" not in self._share.receive()[0]:  # or the leader would wait in a send for ever
+                        pass
+            except Exception:  # the group is gone: nobody waits
+                return
 
     def _get(self) -> _Ready[T]:
-        while self._failure is None:
+        if self._failure is not None:
+            raise self._failure
+        step = self.state.position
+        item: _Ready[T] | BaseException | None = None
+        if not self._threads:
             try:
-                item = self._queue.get(timeout=1)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._queue.empty():
-                    self._failure = RuntimeError("the data thread ended silently; resume from the last checkpoint")
-                continue
-            if not isinstance(item, BaseException):
-                return item
+                item = self._make(step)
+            except Exception as error:
+                item = error
+        while item is None:
+            with self._turn:
+                self._turn.wait_for(lambda: step in self._ready, timeout=1)
+                item = self._ready.pop(step, None)
+                if item is None and not any(thread.is_alive() for thread in self._threads):
+                    item = RuntimeError("the data threads ended silently; resume from the last checkpoint")
+        if isinstance(item, BaseException):
             self._failure = item
-        raise self._failure
+            raise item
+        with self._turn:
+            self._wanted = step + 1
+            self._turn.notify_all()
+        return item
 
-    def _check_budget(self, ready: _Ready[T]) -> None:
-        damaged, allowed = self.state.quarantine, max(1.0, self._budget * ready.seen)
+    def _exclude(self) -> None:
+        """Take over reported samples, also those that `state.absorb` brought."""
+        if self._known != len(self.state.quarantine):
+            self._known = len(self.state.quarantine)
+            self._excluded = frozenset(e["key"] for e in self.state.quarantine if e["found"] == REPORTED)
+
+    def _without_reported(self, ready: _Ready[T]) -> _Ready[T]:
+        """As if what was reported while this step was read ahead had been known."""
+        late = self._excluded - ready.read.excluded
+        if not late or not any(key in late for batch in ready.read.batches for key in batch.keys):
+            return ready
+        batches = [
+            batch.blanked([slot for slot, key in enumerate(batch.keys) if key in late]) for batch in ready.read.batches
+        ]
+        return _Ready(replace(ready.read, batches=batches), [self._transform(batch) for batch in batches])
+
+    def _check_budget(self, seen: int, step: int) -> None:
+        damaged, allowed = self.state.quarantine, max(1.0, self._budget * seen)
         if len(damaged) <= allowed:
             return
         last = "; ".join(f"{entry['key']} in {entry['shard']} ({entry['reason']})" for entry in damaged[-3:])
+        roots = ", ".join(str(selection.index.root) for selection in self._data(step).mixture.selections)
         self._failure = DataError(
-            f"{len(damaged)} of {ready.seen} samples are damaged at step {ready.step}, allowed are {self._budget:.3%} "
-            f"(1 at least). The last: {last}. Restore these shards of {self._index.root} from their source or "
+            f"{len(damaged)} of {seen} samples are damaged at step {step}, allowed are {self._budget:.3%} "
+            f"(1 at least). The last: {last}. Restore these shards of {roots} from their source or "
             "prepare them again, then resume; or raise quarantine_budget"
         )
         raise self._failure
 
-    # The background thread.
+    # What follows also runs in the background threads.
 
     def _work(self) -> None:
-        try:
-            step = self._first_step
-            while not self._stop.is_set():
-                self._put(self._read(step))
-                step += 1
-        except BaseException as error:  # whatever ends this thread must end the run, not let it wait for ever
-            self._put(error)
-
-    def _put(self, item: _Ready[T] | BaseException) -> None:
-        while not self._stop.is_set():
+        while (step := self._take()) is not None:
             try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+                item: _Ready[T] | BaseException = self._make(step)
+            except BaseException as error:  # whatever ends this thread must end the run, not let it wait for ever
+                item = error
+            with self._turn:
+                self._ready[step] = item
+                self._turn.notify_all()
+            if isinstance(item, BaseException):
+                return
 
-    def _make_order(self, segment: Segment) -> Order:
-        self._segments.check(self._index.fingerprint, segment.first_step)
-        buckets = self._index.buckets
-        if len(segment.batch_sizes) != len(buckets):
-            raise DataError(
-                f"batch sizes are {segment.batch_sizes}, the dataset {self._index.root} has {len(buckets)} buckets "
-                f"({'; '.join(map(str, buckets))}): give one batch size per bucket"
-            )
-        order = Order(
-            segment.fingerprint,
-            self._index.shard_start,
-            self._index.shard_bucket,
-            segment.batch_sizes,
-            segment.seed,
-            segment.window,
-        )
+    def _take(self) -> int | None:
+        """The next step to make, or None when no more are needed."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._stopped or self._next < self._wanted + self._ahead)
+            if self._stopped or any(isinstance(item, BaseException) for item in self._ready.values()):
+                return None
+            self._next += 1
+            return self._next - 1
+
+    def _make(self, step: int) -> _Ready[T]:
+        if self._share is not None and not self._share.leader:
+            read = self._receive(step)
+        else:
+            try:
+                read = self._read(step)
+            except Exception as error:
+                self._pass_on(step, {"error": str(error)}, [])
+                raise
+            note = {"damaged": read.damaged, "seen": read.seen, "excluded": sorted(read.excluded)}
+            self._pass_on(step, note, read.batches)
+        return _Ready(read, [self._transform(batch) for batch in read.batches])
+
+    def _pass_on(self, step: int, note: dict[str, Any], batches: list[Batch]) -> None:
+        """Send to the group, in the order of the steps."""
+        if self._share is None:
+            return
+        with self._turn:
+            self._turn.wait_for(lambda: self._stopped or self._sent == step)
+            if self._sent != step:
+                return
+        self._share.send({"step": step, **note}, batches)
+        with self._turn:
+            self._sent += 1
+            self._turn.notify_all()
+
+    def _receive(self, step: int) -> _Read:
+        assert self._share is not None
+        note, batches = self._share.receive()
+        if "end" in note:
+            self._ended = True
+            raise DataError(f"the rank that reads for this group ended before step {step}; its own message says why")
+        if note["step"] != step:
+            raise DataError(f"step {note['step']} was received for step {step}: the group's ranks stand apart")
+        if "error" in note:
+            raise DataError(note["error"])
+        return _Read(step, batches, note["damaged"], note["seen"], frozenset(note["excluded"]))
+
+    def _data(self, step: int) -> _Data:
+        segment = self._segments.segment(step)
+        with self._opening:
+            if segment.first_step not in self._opened:
+                self._opened[segment.first_step] = self._open(segment)
+            return self._opened[segment.first_step]
+
+    def _open(self, segment: Segment) -> _Data:
+        mixture = next((m for m in self._mixtures if m.fingerprint == segment.fingerprint), None)
+        if mixture is None:
+            nearest = self._mixtures[-1]
+            self._segments.check(nearest.fingerprint, segment.first_step, nearest.describe())
+            raise AssertionError("unreachable")
+        captioners, empty_text = mixture.captioners(self._captioner), mixture.empty_text()
+        order = mixture.order(segment.batch_sizes, segment.seed, segment.window)
         smallest = min(size for size, samples in zip(order.batch_sizes, order.samples, strict=True) if samples)
         if self._dp_world > smallest:
             raise DataError(
                 f"{self._dp_world} data-parallel ranks share a global batch of {smallest}: some would never have a "
                 "sample. Use fewer ranks (or more sequence parallelism)"
             )
-        return order
+        return _Data(segment, mixture, order, captioners, empty_text)
 
-    def _read(self, step: int) -> _Ready[T]:
-        segment = self._segments.segment(step)
-        if step == segment.first_step and step != self._first_step:
-            self._order = self._make_order(segment)
-        batch = self._order.batch(step - segment.first_step)
-        size, first = len(batch.rows), segment.first_sample + batch.first_sample
-        bucket = self._index.buckets[batch.bucket]
-        micro_batches = -(-size // (self._dp_world * self._micro_batch))
+    def _read(self, step: int) -> _Read:
+        data, excluded = self._data(step), self._excluded
+        batch = data.order.batch(step - data.segment.first_step)
+        size, first = len(batch.rows), data.segment.first_sample + batch.first_sample
+        bucket = data.mixture.buckets[batch.bucket]
         cache: dict[int, Sample] = {}  # a left-over slot repeats a slot that this rank may have read
         damaged: list[Quarantined] = []
-        results = []
-        for micro in range(micro_batches):
+        batches = []
+        for micro in range(-(-size // (self._dp_world * self._micro_batch))):
             samples = []
             for position in range(micro * self._micro_batch, (micro + 1) * self._micro_batch):
                 slot = position * self._dp_world + self._dp_rank
                 real = min(slot, size - 1)
                 if real not in cache:
                     found = damaged if slot < size else []  # the rank that owns the slot reports its damage
-                    cache = {real: self._sample(int(batch.rows[real]), first + real, step, found)}
+                    source, row = int(batch.datasets[real]), int(batch.rows[real])
+                    cache = {real: self._sample(data, source, row, first + real, step, found, excluded)}
                 samples.append(cache[real] if slot < size else replace(cache[real], weight=0.0))
-            micro_batch = assemble(step, bucket, samples, self._empty_text, self._text_length, float(size))
-            results.append(self._transform(micro_batch))
-        return _Ready(step, results, damaged, first + size)
+            batches.append(assemble(step, bucket, samples, data.empty_text, self._text_length, float(size)))
+        return _Read(step, batches, damaged, first + size, excluded)
 
-    def _sample(self, row: int, number: int, step: int, found: list[Quarantined]) -> Sample:
-        key = self._index.key(row)
+    def _sample(
+        self,
+        data: _Data,
+        source: int,
+        row: int,
+        number: int,
+        step: int,
+        found: list[Quarantined],
+        excluded: frozenset[str],
+    ) -> Sample:
+        index = data.mixture.selections[source].index
+        key = index.key(row)
+        if key in excluded:
+            return Sample(key, number, 0.0, None, None)
         try:
-            clip = self._index.read_clip(row)
-            text = self._index.read_text(row, self._captioner)
+            clip = index.read_clip(row)
+            text = index.read_text(row, data.captioners[source])
         except DamagedSample as damage:
-            found.append(Quarantined(key=damage.key, shard=damage.shard, reason=damage.reason, step=step))
+            entry = Quarantined(key=damage.key, shard=damage.shard, reason=damage.reason, step=step, found="read")
+            found.append(entry)
             return Sample(key, number, 0.0, None, None)
         return Sample(key, number, 1.0, clip, text)
+
+
+def _mixtures(data: DatasetIndex | Mixture | Sequence[Mixture]) -> list[Mixture]:
+    if isinstance(data, DatasetIndex):
+        return [Mixture.of(data)]
+    return [data] if isinstance(data, Mixture) else list(data)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.order import Order
+from data.order import Order, Source
 
 # Buckets 0, 1, 3 in 23 shards of uneven size (one empty); bucket 2 has no shard.
 SIZES = [7, 12, 5, 9, 0, 11, 3, 8, 8, 6, 13, 4, 10, 7, 5, 9, 2, 6, 8, 12, 1, 7, 9]
@@ -17,7 +17,13 @@ BATCHES = [8, 6, 5, 3]
 
 
 def small(seed: int = 5, window: int = 3, fingerprint: str = "f0", batches: list[int] = BATCHES) -> Order:
-    return Order(fingerprint, np.concatenate([[0], np.cumsum(SIZES)]), np.array(BUCKETS), batches, seed, window)
+    return single(fingerprint, np.concatenate([[0], np.cumsum(SIZES)]), np.array(BUCKETS), batches, seed, window)
+
+
+def single(
+    fingerprint: str, starts: np.ndarray, buckets: np.ndarray, batches: list[int], seed: int, window: int
+) -> Order:
+    return Order([Source(fingerprint, starts, buckets)], batches, seed, window)
 
 
 def bucket_rows(bucket: int) -> set[int]:
@@ -107,7 +113,7 @@ def test_reads_stay_inside_a_window_of_shards(window: int) -> None:
 def test_a_batch_crosses_at_most_one_boundary() -> None:
     """So it reads at most 2 · window shards, and the batches of one window's length at most as many."""
     window, shard, size = 4, 40, 8
-    order = Order("f", np.arange(0, 41 * shard, shard), np.zeros(40, dtype=int), [size], 0, window)
+    order = single("f", np.arange(0, 41 * shard, shard), np.zeros(40, dtype=int), [size], 0, window)
     rows = np.stack([order.batch(step).rows for step in range(400)])
     for length in (1, window * shard // size):
         for step in range(0, 400 - length):
@@ -138,7 +144,7 @@ def test_many_buckets_keep_their_shares() -> None:
     rng = np.random.Generator(np.random.Philox(11))
     sizes, buckets = rng.integers(1, 60, 80), rng.integers(0, 20, 80)
     batches = rng.integers(1, 9, 20).tolist()
-    order = Order("f", np.concatenate([[0], np.cumsum(sizes)]), buckets, batches, 0, 4)
+    order = single("f", np.concatenate([[0], np.cumsum(sizes)]), buckets, batches, 0, 4)
     rates = {b: Fraction(order.samples[b], batches[b]) for b in range(20) if order.samples[b]}
     total, counts = sum(rates.values()), [0] * 20
     for step in range(500):
@@ -156,7 +162,7 @@ def test_positioned_quickly_in_a_large_dataset() -> None:
     sizes[::2] += 64
     starts, buckets = np.concatenate([[0], np.cumsum(sizes)]), np.arange(45_000) % 5
     begin = time.process_time()
-    order = Order("large", starts, buckets, [512, 1024, 256, 512, 384], 0, 16)
+    order = single("large", starts, buckets, [512, 1024, 256, 512, 384], 0, 16)
     batch = order.batch(7_654_321)
     assert time.process_time() - begin < 2
     assert batch.passes[0] > 50 and len(np.unique(batch.rows)) == len(batch.rows)
@@ -166,8 +172,8 @@ def test_bad_arguments_are_named() -> None:
     starts, buckets = np.array([0, 4, 8]), np.array([0, 1])
     for batches, window, named in [([4], 2, "1 batch sizes"), ([4, 0], 2, r"\[4, 0\]"), ([4, 4], 0, "window is 0")]:
         with pytest.raises(DataError, match=named):
-            Order("f", starts, buckets, batches, 0, window)
+            single("f", starts, buckets, batches, 0, window)
     with pytest.raises(DataError, match="no samples"):
-        Order("f", np.array([0]), np.array([]), [4], 0, 2)
+        single("f", np.array([0]), np.array([]), [4], 0, 2)
     with pytest.raises(ValueError, match="-1"):
-        Order("f", starts, buckets, [4, 4], 0, 2).batch(-1)
+        single("f", starts, buckets, [4, 4], 0, 2).batch(-1)

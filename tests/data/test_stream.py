@@ -314,11 +314,11 @@ def test_an_error_in_the_thread_reaches_the_caller_and_close_ends_it(index: Data
     assert state.position == 2
     open_stream = make_stream(index, new_state(index))
     next(open_stream)
-    assert open_stream._thread in threading.enumerate()
+    assert set(open_stream._threads) & set(threading.enumerate())
     begin = time.monotonic()
     open_stream.close()
     open_stream.close()
-    assert time.monotonic() - begin < 2 and open_stream._thread not in threading.enumerate()
+    assert time.monotonic() - begin < 2 and not set(open_stream._threads) & set(threading.enumerate())
     with pytest.raises(RuntimeError, match="closed"):
         next(open_stream)
 
@@ -331,7 +331,7 @@ from data.index import DatasetIndex
 from data.state import DataState
 from data.stream import Stream
 from tests.shards import make_dataset
-atexit.register(lambda: os._exit(3) if stream._thread.is_alive() else None)  # runs after those registered later
+atexit.register(lambda: os._exit(3) if stream._threads[0].is_alive() else None)  # runs after those registered later
 index = DatasetIndex.open({str(index.root)!r})
 state = DataState.start(index.fingerprint, [8, 8], 0, 2)
 stream = Stream(index, state, dp_rank=0, dp_world=1, micro_batch=1, text_length=4, transform=str)
