@@ -81,6 +81,30 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v for a block of keys, given the output and log-sum-exp over *all* keys of these queries.
+
+    grad, q, out [B, Lq, H, D]; k, v [B, Lk, H, D]; lse [B, H, Lq]. The sum of dq over the blocks is the whole dq:
+    P = exp(S - lse) and rowsum(dO·O) are those of the whole row, whatever keys the block holds. This is what a ring
+    or a merge over ranks needs (arXiv 2205.14135, appendix B.2).
+    """
+    heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, lse, 0.0, False)
+    elif q.dtype in (torch.bfloat16, torch.float16):
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is off
+        gradients = aten._scaled_dot_product_flash_attention_backward(
+            *heads_first, lse, None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed[0]
+        )
+    else:
+        raise RuntimeError(f"attention over blocks of keys needs bfloat16 or float16 on {q.device}, not {q.dtype}")
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients[:3])
+    return dq, dk, dv
+
+
 @lru_cache(maxsize=64)
 def select_backend(requested: str, device: str, dtype: torch.dtype, capability: int) -> str:
     """Name of the backend that runs: the requested one, or for ``auto`` the fastest that is possible.

@@ -82,8 +82,8 @@ def bridge_rotary(
 ) -> tuple[Rotary, Rotary]:
     """Bridge tables on a common clock of audio steps: (video, one row a token of `grid`; audio, one row a step).
 
-    All tokens of a frame share its position. Video frame i stands at i·audio_fps·4/fps; with first_frame_bias frame 0 lasts one pixel frame only, so frame
-    i >= 1 stands at audio_fps·(1 + 4(i-1))/fps.
+    All tokens of a frame share its position. Video frame i stands at i·audio_fps·4/fps; with first_frame_bias frame 0
+    lasts one pixel frame only, so frame i >= 1 stands at audio_fps·(1 + 4(i-1))/fps.
     """
     frames, rows, columns = grid
     frame = torch.arange(frames, dtype=torch.float64).repeat_interleave(rows * columns)

@@ -38,7 +38,7 @@ def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout) -> str:
     DataError with one clear message; status.json says how the run ended.
     """
     run_dir = RunDir.of(config.run.root, config.run.id)
-    first = layout.dp_rank == 0
+    first = layout.first
     lock = None
 
     def enter() -> None:
@@ -116,7 +116,7 @@ def _train(
             except DataError as error:
                 raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}") from error
             expert = objective.expert(step)
-            losses = forward_backward(model, micro_batches, config.objective, expert, layout.dp_world, layout.device)
+            losses = forward_backward(model, micro_batches, config.objective, expert, layout)
             norm = optimizer.global_norm()
             factor = lr_factor(config.optim, step, config.steps)
             optimizer.step(factor, norm)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from train.errors import RunError
+from train.sequence import SequenceGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -18,61 +19,83 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class ParallelConfig:
     """How a run is laid out over its ranks.
 
-    `dp_replicate` groups hold the model each, sharded over `dp_shard` ranks (-1: all ranks that are left).
+    `dp_replicate` groups hold the model each, sharded over `dp_shard` x `ring` x `ulysses` ranks (dp_shard -1: all
+    ranks that are left). The `ring` x `ulysses` ranks of a sequence-parallel group share the tokens of each sample.
     `compute` is the dtype of weights and activations within a step; master weights, optimizer state and the reduction
     of gradients stay float32 (float64 when `compute` is float64). `attention`: a backend of model.attention.
     """
 
     dp_replicate: int = 1
     dp_shard: int = -1
+    ring: int = 1
+    ulysses: int = 1
     compute: str = "float32"
     attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.compute not in DTYPES:
             raise ValueError(f"parallel.compute {self.compute!r} is not one of {', '.join(DTYPES)}")
+        for name in ("dp_replicate", "ring", "ulysses"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; a degree is 1 or more")
 
 
 @dataclass(frozen=True)
 class Layout:
     """The layout of this process group, with this rank's place in it."""
 
-    mesh: DeviceMesh  # ("dp_replicate", "dp_shard")
+    mesh: DeviceMesh  # ("dp_replicate", "fsdp"): what FSDP runs on; fsdp = dp_shard x ring x ulysses
     device: torch.device
     dp_replicate: int
     dp_shard: int
-    dp_rank: int  # this rank's place among the ranks that get different samples
+    dp_rank: int  # this rank's place among those that get different samples; equal within a sequence-parallel group
+    sequence: SequenceGroup
 
     @property
     def dp_world(self) -> int:
-        """Ranks that get different samples."""
+        """Groups of ranks that get different samples."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        """All ranks: FSDP averages gradients over them."""
+        return self.dp_world * self.sequence.size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return dist.get_rank() == 0
 
     @property
     def shard_group(self) -> dist.ProcessGroup:
         """The ranks among which each parameter is split."""
-        return self.mesh["dp_shard"].get_group()
+        return self.mesh["fsdp"].get_group()
 
     def describe(self) -> str:
         """One line for the log."""
-        return (
-            f"{self.dp_world} ranks on {self.device.type} = dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}"
-        )
+        degrees = {
+            "dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "ring": self.sequence.ring,
+            "ulysses": self.sequence.ulysses,
+        }  # fmt: skip
+        product = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1 or name == "dp_shard")
+        return f"{self.world} ranks on {self.device.type} = {product}"
 
 
-def check_degrees(config: ParallelConfig, world: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard) for this many ranks. Raises RunError when the product is not the number of ranks."""
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if replicate < 1 or world % replicate:
-        raise RunError(f"parallel.dp_replicate={replicate} does not divide the {world} ranks of this run")
-    if shard == -1:
-        shard = world // replicate
-    if shard < 1 or replicate * shard != world:
+def check_degrees(config: ParallelConfig, world: int) -> tuple[int, int, int, int]:
+    """(dp_replicate, dp_shard, ring, ulysses) for this many ranks. RunError when the product is not their number."""
+    fixed = config.dp_replicate * config.ring * config.ulysses
+    given = f"parallel.dp_replicate={config.dp_replicate}"
+    for name in ("ring", "ulysses"):
+        given += f" x parallel.{name}={getattr(config, name)}" if getattr(config, name) > 1 else ""
+    if world % fixed:
+        raise RunError(f"{given} = {fixed} does not divide the {world} ranks of this run")
+    shard = world // fixed if config.dp_shard == -1 else config.dp_shard
+    if shard < 1 or fixed * shard != world:
         raise RunError(
-            f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} = {replicate * shard}, "
-            f"but the run has {world} ranks; set dp_shard=-1 to take those that are left"
+            f"{given} x parallel.dp_shard={shard} = {fixed * shard}, but the run has {world} ranks; "
+            "set dp_shard=-1 to take those that are left"
         )
-    return replicate, shard
+    return config.dp_replicate, shard, config.ring, config.ulysses
 
 
 def start_process_group() -> torch.device:
@@ -94,7 +117,15 @@ def start_process_group() -> torch.device:
 
 
 def make_layout(config: ParallelConfig, device: torch.device) -> Layout:
-    """The layout over the running process group. Raises RunError when the degrees do not fit its size."""
-    replicate, shard = check_degrees(config, dist.get_world_size())
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return Layout(mesh, device, replicate, shard, dist.get_rank())
+    """The layout over the running process group. Raises RunError when the degrees do not fit its size.
+
+    Ranks of a Ulysses row are neighbours (all-to-all stays within a node where it can), then the ring, then dp_shard.
+    """
+    replicate, shard, ring, ulysses = check_degrees(config, dist.get_world_size())
+    names = ("dp_replicate", "dp_shard", "ring", "ulysses")
+    mesh = init_device_mesh(device.type, (replicate, shard, ring, ulysses), mesh_dim_names=names)
+    sequence = mesh["ring", "ulysses"]._flatten("sequence")
+    mesh["dp_shard", "ring", "ulysses"]._flatten("fsdp")
+    group = SequenceGroup(sequence.get_group(), mesh["ulysses"].get_group(), mesh["ring"].get_group(), ulysses, ring)
+    dp_rank = dist.get_rank() // (ring * ulysses)
+    return Layout(mesh["dp_replicate", "fsdp"], device, replicate, shard, dp_rank, group)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from model.joint import EXPERTS, JointTransformer
+from model.tower import velocity_patches
 
 
 @dataclass
@@ -114,19 +115,26 @@ class Draws:
 
 @dataclass
 class LossParts:
-    """One micro-batch: the share of the global loss (with gradient) and, without, the mean squares of its samples."""
+    """One micro-batch on one rank: its share of the global loss (with gradient), and without it the samples' errors.
 
-    share: Tensor  # scalar; the shares of all micro-batches of all data-parallel ranks sum to the loss
+    Under sequence parallelism `video` holds this rank's part of each sample's mean and `audio` its 1/size of it: the
+    sums over the group are the means.
+    """
+
+    share: Tensor  # scalar; the shares of all micro-batches of all ranks sum to the loss
     video: Tensor  # [B] mean squared error over the sample's video
     audio: Tensor  # [B] mean squared error over the sample's audio
 
 
-def loss_share(model: JointTransformer, batch: Batch, draws: Draws, config: ObjectiveConfig, expert: str) -> LossParts:
+def loss_share(
+    model: JointTransformer, batch: Batch, draws: Draws, config: ObjectiveConfig, expert: str, sequence_ranks: int = 1
+) -> LossParts:
     """Forward one micro-batch and weigh its samples.
 
     L = sum_i w_i (lambda_v m_v,i MSE_v,i + lambda_a m_a,i MSE_a,i) / sum_i w_i over the global batch. Weights are
     multiplied in, so every rank runs the same modules; the denominator is known from the index, so nothing is reduced
-    before backward. Computed in the noise's dtype (float32).
+    before backward. `sequence_ranks` share the video's tokens; each has the whole audio and takes an equal part of its
+    error. Computed in the noise's dtype (float32).
     """
     dtype = draws.noise_video.dtype
     video, audio = batch.video.to(dtype), batch.audio.to(dtype)
@@ -144,9 +152,12 @@ def loss_share(model: JointTransformer, batch: Batch, draws: Draws, config: Obje
         fps=batch.bucket.fps,
         expert=expert,
         bridge_scale=draws.keep_bridge,
+        as_patches=True,
     )
-    mse_video = (out.video - (draws.noise_video - video)).square().flatten(1).mean(1)  # [B]
-    mse_audio = (out.audio - (draws.noise_audio - audio)).square().flatten(1).mean(1)
+    target = velocity_patches(draws.noise_video - video, model.config.video.patch_size)  # [B, L, patch·16]
+    mine = target[:, model.token_range(target.shape[1])]
+    mse_video = (out.video - mine).square().flatten(1).sum(1) / target[0].numel()  # [B]
+    mse_audio = (out.audio - (draws.noise_audio - audio)).square().flatten(1).mean(1) / sequence_ranks
     weighted = (
         config.video_weight * batch.video_weight * mse_video + config.audio_weight * batch.audio_weight * mse_audio
     )

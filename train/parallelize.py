@@ -1,4 +1,4 @@
-"""Parallelism, applied from outside in one visible order: attention backend -> FSDP2 units -> weights."""
+"""Parallelism, applied from outside in one visible order: attention backend -> sequence -> FSDP2 -> weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from model.init import initial_value
 from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
 from train.mesh import DTYPES, Layout, ParallelConfig
+from train.sequence import shard_sequence
 
 
 def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, seed: int) -> JointTransformer:
@@ -20,6 +21,8 @@ def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, s
     with torch.device("meta"):
         model = JointTransformer(config)
     model.use_attention(parallel.attention)
+    if layout.sequence.size > 1:
+        shard_sequence(model, layout.sequence, parallel.attention)
     master = torch.float64 if parallel.compute == "float64" else torch.float32
     model.to(master)
     shard_model(model, parallel, layout)
@@ -39,7 +42,7 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
     reduce = torch.promote_types(compute, torch.float32)
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=reduce, reduce_dtype=reduce, cast_forward_inputs=False)
-    mesh = layout.mesh if layout.dp_replicate > 1 else layout.mesh["dp_shard"]
+    mesh = layout.mesh if layout.dp_replicate > 1 else layout.mesh["fsdp"]
 
     def unit(modules: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy = mixed) -> None:
         fully_shard(modules, mesh=mesh, mp_policy=policy)

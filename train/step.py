@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from model.joint import JointTransformer
 from train.feed import Prepared
+from train.mesh import Layout
 from train.objective import ObjectiveConfig, loss_share
 
 
@@ -28,24 +29,23 @@ def forward_backward(
     micro_batches: Sequence[Prepared],
     objective: ObjectiveConfig,
     expert: str,
-    ranks: int,
-    device: torch.device,
+    layout: Layout,
 ) -> StepLosses:
     """Accumulate the gradient of the global batch's loss into the model's parameters.
 
-    FSDP averages gradients over its ranks, the shares of the ranks sum to the loss: each share is multiplied once by
-    the number of FSDP ranks. Gradients are reduced in the last micro-batch only.
+    FSDP averages gradients over all ranks, the shares of the ranks sum to the loss: each share is multiplied once by
+    the number of ranks. Gradients are reduced in the last micro-batch only.
     """
-    share = torch.zeros((), device=device)
-    sums = torch.zeros(2, 2, device=device)
+    share = torch.zeros((), device=layout.device)
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=layout.device)
     for i, prepared in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(micro_batches) - 1)
-        batch, draws = prepared.batch.to(device), prepared.draws.to(device)
-        parts = loss_share(model, batch, draws, objective, expert)
-        (parts.share * ranks).backward()
+        batch, draws = prepared.batch.to(layout.device), prepared.draws.to(layout.device)
+        parts = loss_share(model, batch, draws, objective, expert, layout.sequence.size)
+        (parts.share * layout.world).backward()
         share = share + parts.share.detach()
         for row, mse, present in ((0, parts.video, batch.video_weight), (1, parts.audio, batch.audio_weight)):
             weight = batch.weight * present
-            sums[row] += torch.stack([(weight * mse).sum(), weight.sum()])
+            sums[row] += torch.stack([(weight * mse).sum(), weight.sum() / layout.sequence.size])
     return StepLosses(share, sums[0], sums[1])

@@ -58,7 +58,7 @@ class Validator:
         All ranks call it; each does every n-th sample, and as many forwards as the others (FSDP gathers together).
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self._layout.device)  # video, weight, audio, weight
-        world, rank = dist.get_world_size(), dist.get_rank()
+        world, rank = self._layout.dp_world, self._layout.dp_rank
         for first in range(0, self._samples, world):
             row = first + rank
             for expert, levels in self._levels.items():
@@ -85,8 +85,9 @@ class Validator:
             noises.append(torch.from_numpy(noise).to(device).expand(latents.shape))
         t, keep = torch.tensor(levels, device=device), torch.ones(count, device=device)
         draws = Draws(t, t, noises[0], noises[1], keep, keep, keep)
-        parts = loss_share(model, batch, draws, self._objective.config, expert)
-        weights = batch.video_weight, batch.audio_weight
-        return torch.stack(
-            [(parts.video * weights[0]).sum(), weights[0].sum(), (parts.audio * weights[1]).sum(), weights[1].sum()]
-        ).double()
+        ranks = self._layout.sequence.size
+        parts = loss_share(model, batch, draws, self._objective.config, expert, ranks)
+        sums = []
+        for mse, weight in ((parts.video, batch.video_weight), (parts.audio, batch.audio_weight)):
+            sums += [(mse * weight).sum(), weight.sum() / ranks]
+        return torch.stack(sums).double()

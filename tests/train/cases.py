@@ -4,6 +4,8 @@ import copy
 import random
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +30,18 @@ from train.parallelize import build_model, fill_weights
 from train.step import StepLosses, forward_backward
 
 TEXT, TEXT_DIM = 5, 8
-BUCKET = Bucket(frames=2, height=4, width=4, audio_steps=7, fps=24.0, has_video=True, has_audio=True)
+BUCKET = Bucket(frames=3, height=4, width=6, audio_steps=7, fps=24.0, has_video=True, has_audio=True)
 OBJECTIVE = ObjectiveConfig(text_dropout=0.3, image_dropout=0.3, bridge_dropout=0.3)
 OPTIM = OptimConfig(lr_tower=1e-3, lr_bridge=2e-3, weight_decay=0.01, clip=0.05, warmup=0)
 
 
-def tiny_config(**bridge) -> JointConfig:
-    """The smallest model with every part; widths that two and four ranks do not divide evenly."""
+def tiny_config(heads: int = 1, **bridge) -> JointConfig:
+    """The smallest model with every part; widths that two and four ranks do not divide evenly. Its video has 18 tokens
+    in frames of 6, which four ranks do not divide and whose frames they cut."""
     return JointConfig(
         video=TowerConfig(
-            dim=48, num_heads=1, num_layers=2, ffn_dim=50, in_dim=36, out_dim=16, text_dim=TEXT_DIM, freq_dim=16
+            dim=48 * heads, num_heads=heads, num_layers=2, ffn_dim=50, in_dim=36, out_dim=16, text_dim=TEXT_DIM,
+            freq_dim=16,
         ),
         audio=TowerConfig(
             dim=48, num_heads=1, num_layers=1, ffn_dim=30, in_dim=128, out_dim=128, text_dim=TEXT_DIM, freq_dim=16,
@@ -65,7 +69,7 @@ def global_batch(step: int, dtype: torch.dtype, slots: int = 4) -> Prepared:
     batch = Batch(
         step=step, bucket=BUCKET, keys=[f"k{i}" for i in range(slots)],
         sample_numbers=np.arange(slots, dtype=np.int64) + slots * step,
-        video=rand(slots, 16, 2, 4, 4), audio=rand(slots, 128, 7), condition=rand(slots, 20, 2, 4, 4),
+        video=rand(slots, 16, 3, 4, 6), audio=rand(slots, 128, 7), condition=rand(slots, 20, 3, 4, 6),
         text=rand(slots, TEXT, TEXT_DIM), empty_text=rand(TEXT, TEXT_DIM), weight=weight,
         video_weight=torch.ones(slots), audio_weight=audio_weight, total_weight=float(slots - 1),
     )  # fmt: skip
@@ -120,43 +124,51 @@ def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float
     return max(((a[n] - b[n]).norm().item() / max(b[n].norm().item(), 1e-12), n) for n in b)
 
 
-def backward(model, micro_batches, step: int, ranks: int) -> StepLosses:
+# What the plain model in one piece is laid out as.
+ONE_PROCESS: Any = SimpleNamespace(device=torch.device("cpu"), world=1, sequence=SimpleNamespace(size=1))
+
+
+def backward(model, micro_batches, step: int, layout=ONE_PROCESS) -> StepLosses:
     expert = Objective(OBJECTIVE, ("high", "low")).expert(step)
-    return forward_backward(model, micro_batches, OBJECTIVE, expert, ranks, torch.device("cpu"))
+    return forward_backward(model, micro_batches, OBJECTIVE, expert, layout)
 
 
-def gradient_parity(replicate: int, shard: int, micro: int) -> dict:
-    """Invariant 3: gradients of a layout against those of one process over the global batch, float64."""
-    config = tiny_config(trainable_condition_scale=True, pooled_adaln=True)
+def gradient_parity(micro: int, heads: int = 1, **degrees: int) -> dict:
+    """Invariants 2 and 3: gradients of a layout against those of one process over the global batch, float64."""
+    config = tiny_config(heads, trainable_condition_scale=True, pooled_adaln=True)
     whole = reference_model(config, torch.float64)
     prepared = global_batch(0, torch.float64)
-    expected_loss = backward(whole, [prepared], 0, 1)
+    expected_losses = backward(whole, [prepared], 0)
     expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
-    model, layout = sharded_model(config, ParallelConfig(dp_replicate=replicate, dp_shard=shard, compute="float64"))
-    losses = backward(model, my_micro_batches(prepared, layout, micro), 0, layout.dp_world)
+    model, layout = sharded_model(config, ParallelConfig(compute="float64", **degrees))
+    losses = backward(model, my_micro_batches(prepared, layout, micro), 0, layout)
     found = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-    share = losses.share.clone()
-    dist.all_reduce(share)
+    sums, expected_sums = (torch.cat([x.share.view(1), x.video, x.audio]) for x in (losses, expected_losses))
+    dist.all_reduce(sums)
     norm = ShardedOptimizer(model, OPTIM, layout.shard_group).global_norm()
     true_norm = torch.stack([g.norm() for g in expected.values()]).norm()
     return {
         "gradient": worst(found, expected),
         "zero": sorted(n for n, g in expected.items() if g.norm() == 0),
         "idle": all(p.grad is None for p in model.video_dit_2.parameters()),
-        "loss": abs(share.item() - expected_loss.share.item()),
+        "sums": ((sums - expected_sums) / expected_sums).abs().max().item(),
         "norm": abs(norm.item() / true_norm.item() - 1),
     }
 
 
-def sgd_parity(replicate: int, shard: int) -> tuple[float, str]:
+def layout_parity(micro: int, heads: int, degrees: dict[str, int]) -> dict:
+    return gradient_parity(micro, heads, **degrees)
+
+
+def sgd_parity(degrees: dict[str, int]) -> tuple[float, str]:
     """Three SGD steps (both experts) against one process, float64."""
     config = tiny_config()
     whole = reference_model(config, torch.float64)
-    model, layout = sharded_model(config, ParallelConfig(dp_replicate=replicate, dp_shard=shard, compute="float64"))
+    model, layout = sharded_model(config, ParallelConfig(compute="float64", **degrees))
     for step in range(3):
         prepared = global_batch(step, torch.float64)
-        backward(whole, [prepared], step, 1)
-        backward(model, my_micro_batches(prepared, layout, 1), step, layout.dp_world)
+        backward(whole, [prepared], step)
+        backward(model, my_micro_batches(prepared, layout, 1), step, layout)
         with torch.no_grad():
             for parameter in [*whole.parameters(), *model.parameters()]:
                 if parameter.grad is not None:
@@ -182,11 +194,11 @@ def adamw_parity(compute: str, seed: int) -> float:
     plain = torch.optim.AdamW(groups, betas=tuple(OPTIM.betas), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
     for step in range(2 * seed, 2 * seed + 3):
         prepared = global_batch(step, dtype)
-        backward(whole, [prepared], step, 1)
+        backward(whole, [prepared], step)
         torch.nn.utils.clip_grad_norm_(whole.parameters(), OPTIM.clip)
         plain.step()
         plain.zero_grad()
-        backward(model, my_micro_batches(prepared, layout, 2), step, layout.dp_world)
+        backward(model, my_micro_batches(prepared, layout, 2), step, layout)
         sharded.step(1.0, sharded.global_norm())
     moved, expected = (
         torch.cat([full(p.detach()).flatten().double() for p in m.parameters()]) - start for m in (model, whole)
@@ -197,7 +209,7 @@ def adamw_parity(compute: str, seed: int) -> float:
 def train_steps(model, optimizer, layout, steps: range) -> None:
     for step in steps:
         prepared = global_batch(step, torch.float32)
-        backward(model, my_micro_batches(prepared, layout, 2), step, layout.dp_world)
+        backward(model, my_micro_batches(prepared, layout, 2), step, layout)
         optimizer.step(1.0, optimizer.global_norm())
 
 
@@ -243,8 +255,9 @@ def bfloat16_compute() -> dict:
 
     rounded.video_dit.blocks[0].register_forward_pre_hook(watch)
     rounded.video_dit.time_embedding.register_forward_pre_hook(lambda _m, args: seen.update(sinusoid=args[0].dtype))
+    rounded.video_dit.time_embedding[0].register_forward_pre_hook(lambda m, _: seen.update(weight=m.weight.dtype))
     prepared = part(global_batch(0, torch.float32), [layout.dp_rank])
-    losses = [backward(m, [prepared], 0, 1).share.item() for m in (exact, rounded)]
+    losses = [backward(m, [prepared], 0).share.item() for m in (exact, rounded)]
     optimizer = ShardedOptimizer(rounded, OPTIM, layout.shard_group)
     optimizer.step(1.0, optimizer.global_norm())
     state = next(iter(optimizer.adamw.state.values()))
@@ -267,7 +280,7 @@ def non_finite_gradient() -> dict:
     mine = my_micro_batches(prepared, layout, 2)
     if dist.get_rank() == 0:
         mine[0].draws.noise_video[0, 0, 0, 0, 0] = float("nan")
-    backward(model, mine, 2, layout.dp_world)
+    backward(model, mine, 2, layout)
     norm = optimizer.global_norm()
     optimizer.step(1.0, norm)
     after = snapshot(model, optimizer)

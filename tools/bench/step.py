@@ -93,7 +93,7 @@ def measure(bench: StepBench) -> list[tuple[str, str]]:
     for step in range(bench.steps + 2):
         prepared = make_batch(config, bench.batch, step, objective)
         begin = time.perf_counter()
-        forward_backward(model, [prepared], objective.config, objective.expert(step), 1, layout.device)
+        forward_backward(model, [prepared], objective.config, objective.expert(step), layout)
         optimizer.step(1.0, optimizer.global_norm())
         if step >= 2:
             times.append(time.perf_counter() - begin)
