@@ -29,7 +29,8 @@ class Media:
 
     frame_times: [N] seconds at which each frame appears, rising, or None without a picture; video_end: when the last
     one goes; audio: [samples] mono at SAMPLE_RATE, or None without sound; audio_start: time of its first sample (may
-    be negative); size: (height, width) of the picture in pixels as displayed.
+    be negative); size: (height, width) of the picture in pixels as displayed;
+    pixel_aspect: width of a pixel over its height.
     """
 
     def __init__(self, path: Path):
@@ -40,7 +41,7 @@ class Media:
         self.audio: Tensor | None = None
         self.audio_start = 0.0
         self._pts = np.zeros(0, dtype=np.int64)
-        self._aspect = 1.0  # width of a pixel over its height
+        self.pixel_aspect = 1.0  # width of a pixel over its height
         self._rotation = 0
         self._stream = 0  # index of the chosen video stream
         self._decord: Any = None
@@ -79,7 +80,7 @@ class Media:
         needed, places = np.unique(indices, return_inverse=True)
         with _as_data_error(self.path):
             pictures = self._read_decord(needed) if self._decord is not None else self._read_av(needed)
-        small = crop_resize(torch.from_numpy(pictures).permute(3, 0, 1, 2), height, width, self._aspect)
+        small = crop_resize(torch.from_numpy(pictures).permute(3, 0, 1, 2), height, width, self.pixel_aspect)
         return small[:, torch.from_numpy(places)]
 
     def sound(self, start: float, samples: int) -> Tensor:
@@ -204,10 +205,10 @@ def _read_timestamps(media: Media, container: Any, stream: Any) -> None:
     if first is None:
         raise DataError(f"{media.path}: no frame of the picture can be decoded; the file is damaged")
     media._stream, media._rotation = stream.index, int(first.rotation) % 360
-    media._aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+    media.pixel_aspect = float(stream.sample_aspect_ratio or 1) or 1.0
     media.size = (first.height, first.width)
     if media._rotation in (90, 270):
-        media.size, media._aspect = (first.width, first.height), 1 / media._aspect
+        media.size, media.pixel_aspect = (first.width, first.height), 1 / media.pixel_aspect
 
 
 def _read_sound(media: Media, container: Any, stream: Any) -> None:

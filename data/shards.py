@@ -20,17 +20,31 @@ from data.index import EMPTY_TEXT
 
 
 class ShardWriter:
-    """Distributes samples to shards by bucket, `samples_per_shard` each.
+    """Distributes samples to shards by bucket; one is full with `samples_per_shard` or `shard_bytes` (0: no limit).
 
+    Shards are numbered from `first`, with `digits` digits; several writers of one folder take ranges of `most` numbers.
     A context manager: leaving it closes the last, shorter shards; an exception removes the unfinished ones.
     """
 
-    def __init__(self, root: Path, samples_per_shard: int, captioner: str = "builtin"):
-        if samples_per_shard < 1:
-            raise DataError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+    def __init__(
+        self,
+        root: Path,
+        samples_per_shard: int,
+        captioner: str = "builtin",
+        *,
+        shard_bytes: int = 0,
+        first: int = 0,
+        most: int = 0,
+        digits: int = 6,
+    ):
+        if samples_per_shard < 0 or shard_bytes < 0 or samples_per_shard + shard_bytes == 0:
+            raise DataError(
+                f"samples_per_shard is {samples_per_shard}; it must be at least 1, or 0 with a limit in bytes"
+            )
         self.root, self.samples_per_shard, self.captioner = root, samples_per_shard, captioner
+        self.shard_bytes, self._digits = shard_bytes, digits
         self._open: dict[Bucket, _Shard] = {}
-        self._next = 0
+        self._next, self._end = first, first + most if most else None
         root.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "ShardWriter":
@@ -46,22 +60,24 @@ class ShardWriter:
         if "." in clip.key or not 0 < len(clip.key.encode()) <= 24:
             raise ValueError(f"key {clip.key!r} must have 1 to 24 letters and no dot")
         if bucket not in self._open:
-            self._open[bucket] = _Shard(self.root, self._next, self.captioner)
+            if self._next == self._end:
+                raise DataError(f"{self.root}: a unit has no shard numbers left; cut the work into more (units=N)")
+            self._open[bucket] = _Shard(self.root, f"{self._next:0{self._digits}d}", self.captioner)
             self._next += 1
         shard = self._open[bucket]
         clip.meta["bucket"] = bucket.to_dict()
         shard.write(clip, caption, text)
-        if shard.samples == self.samples_per_shard:
+        if shard.samples == self.samples_per_shard or 0 < self.shard_bytes <= shard.bytes:
             self._open.pop(bucket).close(keep=True)
 
 
 class _Shard:
     """One open pair of tars under temporary names."""
 
-    def __init__(self, root: Path, number: int, captioner: str):
-        self.samples = 0
-        self.paths = [root / f"av-{number:06d}.tar", root / f"text-{captioner}-{number:06d}.tar"]
-        self.files: list[IO[bytes]] = [open(temporary(path), "wb") for path in self.paths]
+    def __init__(self, root: Path, number: str, captioner: str):
+        self.samples = self.bytes = 0
+        self.paths = [root / f"av-{number}.tar", root / f"text-{captioner}-{number}.tar"]
+        self.files: list[IO[bytes]] = [open(temporary(path), "wb") for path in self.paths]  # noqa: SIM115
         # mtime 0 and fixed owner (TarWriter's default): equal samples give equal shards
         self.tars = [TarWriter(file, encoder=False, mtime=0) for file in self.files]
 
@@ -71,6 +87,7 @@ class _Shard:
         self.tars[0].write({"__key__": clip.key, "safetensors": tensors, "json": meta})
         self.tars[1].write({"__key__": clip.key, "safetensors": embedding, "json": encode_json({"caption": caption})})
         self.samples += 1
+        self.bytes += len(tensors) + len(meta)
 
     def close(self, keep: bool) -> None:
         for tar, file, path in zip(self.tars, self.files, self.paths, strict=True):

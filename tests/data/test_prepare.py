@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import data.encode
 from data.codec import audio, text, video
 from data.errors import DataError
 from data.index import DatasetIndex
-from data.prepare import MARKER, PrepareConfig, choose_valid, find_files, prepare
+from data.pipeline import Pipeline
+from data.prepare import MARKER, PrepareConfig, choose_valid, prepare
+from data.source import find_files
 
 MakeMedia = Callable[..., Path]
 
@@ -133,7 +134,7 @@ def test_the_dataset_does_not_depend_on_the_number_of_workers(source: Path, data
 def test_a_complete_dataset_is_left_alone(
     source: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data.encode, "encode_file", None)
+    monkeypatch.setattr(Pipeline, "run", None)
     prepare(config(source, dataset))
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"frames: 17, now 21\); choose another folder"):
@@ -213,7 +214,7 @@ def test_sources_are_folders_patterns_and_files(source: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "setting", [{"frames": 48}, {"height": 60}, {"width": 0}, {"fps": 0}, {"holdout": 1.0}, {"samples_per_shard": 0}]
+    "setting", [{"frames": 48}, {"height": 60}, {"width": 0}, {"fps": 0}, {"holdout": 1.0}, {"samples_per_shard": -1}]
 )
 def test_a_setting_that_cannot_be_met_is_named(setting: dict[str, int], source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=next(iter(setting))):
