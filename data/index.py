@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,6 +52,7 @@ class DatasetIndex:
         self.shard_start = np.zeros(len(self.shards) + 1, dtype=np.int64)  # [S + 1] first row of each shard
         np.cumsum([shard["samples"] for shard in self.shards], out=self.shard_start[1:])
         self.columns = columns
+        self._empty_text: Tensor | None = None
 
     @classmethod
     def open(
@@ -94,20 +96,24 @@ class DatasetIndex:
             raise DataError(message) from error
         if any(len(column) != len(index) for column in columns.values()):
             raise DataError(f"index of {place} has columns of unequal length; {rebuild}")
-        if check_files and not place.remote:
-            index._check_sizes(Path(place.root))
+        if check_files and not place.remote and (differences := index.size_differences()):
+            more = f" ({len(differences)} such files: python -m data.inspect {root})" if len(differences) > 1 else ""
+            raise DataError(differences[0] + more)
         return index
 
-    def _check_sizes(self, root: Path) -> None:
+    def size_differences(self) -> list[str]:
+        """One message for every file of a local dataset that is missing or has another size than recorded."""
+        root, messages = Path(self.root), []
         for name, size, _ in self.recorded_files():
             found = (root / name).stat().st_size if (root / name).is_file() else None
             if found is None:
-                raise DataError(f"shard {name} of dataset {root} is missing; restore it or prepare the dataset again")
-            if found != size:
-                raise DataError(
-                    f"shard {name} of dataset {root} has {found} bytes, the index recorded {size}; "
-                    "restore it or prepare the dataset again"
-                )
+                what = "is missing"
+            elif found != size:
+                what = f"has {found} bytes, the index recorded {size}"
+            else:
+                continue
+            messages.append(f"shard {name} of dataset {root} {what}; restore it or prepare the dataset again")
+        return messages
 
     def __len__(self) -> int:
         return int(self.shard_start[-1])
@@ -193,6 +199,8 @@ class DatasetIndex:
 
     def empty_text(self) -> Tensor:
         """The encoded empty prompt [L0, D] bfloat16: dropped text in training, the unconditional branch in sampling."""
+        if self._empty_text is not None:
+            return self._empty_text
         data = retry(lambda: b"".join(self.place.stream(EMPTY_TEXT)), self.place, EMPTY_TEXT)
         try:
             text = load_tensors(data).get("text")
@@ -200,6 +208,7 @@ class DatasetIndex:
                 raise ValueError(f"holds no text [L, {self.text_dim}]")
             if not is_finite(text):
                 raise ValueError("holds NaN or inf")
+            self._empty_text = text
             return text
         except ValueError as error:
             raise DataError(f"{EMPTY_TEXT} of {self.place} {error}; prepare the dataset again") from error
@@ -209,10 +218,7 @@ class DatasetIndex:
         messages = []
         for name, size, digest in self.recorded_files():
             try:
-                if self.place.remote:
-                    found_size, found = retry(lambda name=name: _digest(self.place, name), self.place, name)  # type: ignore[misc]
-                else:
-                    found_size, found = _digest(self.place, name)
+                found_size, found = self._digest(name)
             except OSError as error:
                 messages.append(f"{name}: {error.strerror or error}")
                 continue
@@ -224,6 +230,13 @@ class DatasetIndex:
             elif found != digest:
                 messages.append(f"{name}: SHA-256 is {found}, recorded {digest}")
         return messages
+
+    def _digest(self, name: str) -> tuple[int, str]:
+        return (
+            retry(lambda: _digest(self.place, name), self.place, name)
+            if self.place.remote
+            else _digest(self.place, name)
+        )
 
     def close(self) -> None:
         """Close the shards that are held open; reading again opens them again."""
@@ -397,8 +410,11 @@ def _fetch_index(place: Remote) -> Path:
         raise DataError(message) from error
 
     def write(target: Path) -> None:
-        for name, digest in columns.items():
-            retry(lambda name=name, digest=digest: _save(place, name, digest, target), place, f"index/{name}.npy")  # type: ignore[misc]
+        def save(name: str) -> None:
+            retry(lambda: _save(place, name, columns[name], target), place, f"index/{name}.npy")
+
+        with ThreadPoolExecutor(4) as pool:  # small files: most of the time is waiting for the first byte
+            list(pool.map(save, columns))
         (target / "dataset.json").write_bytes(described)
 
     return place.cache.folder_of(f"index-{hashlib.sha256(described).hexdigest()[:32]}", write)

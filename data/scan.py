@@ -79,8 +79,7 @@ def scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 def read_members(path: Path) -> Members:
     """Scan a tar and read each member once. DataError as `scan`, or when a json doesn't parse."""
     places = scan(path)
-    offsets, sizes, crcs = ({kind: [] for kind in sorted(KINDS)} for _ in range(3))
-    found = Members(list(places), offsets, sizes, crcs, finite=[], jsons=[])
+    found = Members(list(places), _lists(), _lists(), _lists(), finite=[], jsons=[])
     with open(path, "rb") as file:
         for key, kinds in places.items():
             for kind in found.offsets:
@@ -122,6 +121,10 @@ def scores_of(metas: list[dict[str, Any]]) -> dict[str, np.ndarray]:
             if isinstance(value, (int, float)):
                 columns.setdefault(name, np.full(len(metas), np.nan, np.float32))[i] = value
     return columns
+
+
+def _lists() -> dict[str, list[int]]:
+    return {kind: [] for kind in sorted(KINDS)}
 
 
 def _sound(data: bytearray) -> int:
