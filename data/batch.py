@@ -48,51 +48,63 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
+    def slot(self, slot: int) -> dict[str, Tensor]:
+        """The tensors of one slot: views of video, audio, condition (its latents alone) and text."""
+        return {
+            "video": self.video[slot],
+            "audio": self.audio[slot],
+            "condition": self.condition[slot, MASK_CHANNELS:],
+            "text": self.text[slot],
+        }
+
     def blanked(self, slots: Sequence[int]) -> Batch:
-        """The same with these slots as those of damaged samples: zeros and weight 0 (NaN times 0 would stay NaN)."""
-        changed = {name: getattr(self, name).clone() for name in ("video", "audio", "condition", "text", "weight")}
+        """A copy with these slots as those of damaged samples: zeros and weight 0 (NaN times 0 would stay NaN)."""
+        names = ("video", "audio", "condition", "text", "weight")
+        copy = replace(self, **{name: getattr(self, name).clone() for name in names})
         for slot in slots:
-            for tensor in changed.values():
-                tensor[slot] = 0
-            changed["condition"][slot, :MASK_CHANNELS, 0] = 1
-        return replace(self, **changed)
+            copy.weight[slot] = 0
+            for tensor in copy.slot(slot).values():
+                tensor.zero_()
+        return copy
+
+
+def unfilled(step: int, bucket: Bucket, count: int, empty_text: Tensor, text_length: int, total_weight: float) -> Batch:
+    """A Batch of `count` slots of weight 1 that are still to be filled: latents and text hold anything."""
+    grid = (bucket.frames, bucket.height, bucket.width)
+    condition = torch.empty(count, MASK_CHANNELS + VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
+    condition[:, :MASK_CHANNELS] = 0
+    condition[:, :MASK_CHANNELS, 0] = 1
+    return Batch(
+        step=step,
+        bucket=bucket,
+        keys=[""] * count,
+        sample_numbers=np.zeros(count, dtype=np.int64),
+        video=torch.empty(count, VIDEO_CHANNELS, *grid, dtype=torch.bfloat16),
+        audio=torch.empty(count, AUDIO_CHANNELS, bucket.audio_steps, dtype=torch.bfloat16),
+        condition=condition,
+        text=torch.empty(count, text_length, empty_text.shape[-1], dtype=torch.bfloat16),
+        empty_text=pad_text(empty_text, text_length),
+        weight=torch.ones(count),
+        video_weight=torch.full((count,), float(bucket.has_video)),
+        audio_weight=torch.full((count,), float(bucket.has_audio)),
+        total_weight=total_weight,
+    )
 
 
 def assemble(
     step: int, bucket: Bucket, samples: Sequence[Sample], empty_text: Tensor, text_length: int, total_weight: float
 ) -> Batch:
     """Copy samples of one bucket into a Batch. `empty_text` [L0, D]; text beyond `text_length` is cut off."""
-    count, grid = len(samples), (bucket.frames, bucket.height, bucket.width)
-    video = torch.empty(count, VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
-    audio = torch.empty(count, AUDIO_CHANNELS, bucket.audio_steps, dtype=torch.bfloat16)
-    condition = torch.empty(count, MASK_CHANNELS + VIDEO_CHANNELS, *grid, dtype=torch.bfloat16)
-    condition[:, :MASK_CHANNELS] = 0
-    condition[:, :MASK_CHANNELS, 0] = 1
-    text = torch.empty(count, text_length, empty_text.shape[-1], dtype=torch.bfloat16)
+    batch = unfilled(step, bucket, len(samples), empty_text, text_length, total_weight)
     for slot, sample in enumerate(samples):
         clip = sample.clip
-        _put(video[slot], None if clip is None else clip.video)
-        _put(audio[slot], None if clip is None or clip.audio is None else clip.audio.T)
-        _put(condition[slot, MASK_CHANNELS:], None if clip is None else clip.condition)
-        kept = 0 if sample.text is None else min(len(sample.text), text_length)
-        if sample.text is not None:
-            text[slot, :kept] = sample.text[:kept]
-        text[slot, kept:] = 0
-    return Batch(
-        step=step,
-        bucket=bucket,
-        keys=[sample.key for sample in samples],
-        sample_numbers=np.array([sample.number for sample in samples], dtype=np.int64),
-        video=video,
-        audio=audio,
-        condition=condition,
-        text=text,
-        empty_text=pad_text(empty_text, text_length),
-        weight=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
-        video_weight=torch.full((count,), float(bucket.has_video)),
-        audio_weight=torch.full((count,), float(bucket.has_audio)),
-        total_weight=total_weight,
-    )
+        places = batch.slot(slot)
+        _put(places["video"], None if clip is None else clip.video)
+        _put(places["audio"], None if clip is None or clip.audio is None else clip.audio.T)
+        _put(places["condition"], None if clip is None else clip.condition)
+        _put(places["text"], None if sample.text is None else pad_text(sample.text, text_length))
+        batch.keys[slot], batch.sample_numbers[slot], batch.weight[slot] = sample.key, sample.number, sample.weight
+    return batch
 
 
 def _put(place: Tensor, values: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from data.batch import Batch, Sample, assemble
+from data.batch import Batch, unfilled
 from data.errors import DamagedSample, DataError
 from data.index import DatasetIndex
 from data.mixture import Mixture
@@ -351,44 +351,54 @@ class Stream(Generic[T]):
         batch = data.order.batch(step - data.segment.first_step)
         size, first = len(batch.rows), data.segment.first_sample + batch.first_sample
         bucket = data.mixture.buckets[batch.bucket]
-        cache: dict[int, Sample] = {}  # a left-over slot repeats a slot that this rank may have read
+        last: tuple[int, Batch, int] | None = None  # slot read last, and where: left-over slots repeat it
         damaged: list[Quarantined] = []
         batches = []
         for micro in range(-(-size // (self._dp_world * self._micro_batch))):
-            samples = []
-            for position in range(micro * self._micro_batch, (micro + 1) * self._micro_batch):
-                slot = position * self._dp_world + self._dp_rank
+            filled = unfilled(step, bucket, self._micro_batch, data.empty_text, self._text_length, float(size))
+            for place in range(self._micro_batch):
+                slot = (micro * self._micro_batch + place) * self._dp_world + self._dp_rank
                 real = min(slot, size - 1)
-                if real not in cache:
-                    found = damaged if slot < size else []  # the rank that owns the slot reports its damage
+                if last is not None and last[0] == real:
+                    _repeat(last[1], last[2], filled, place)
+                else:
                     source, row = int(batch.datasets[real]), int(batch.rows[real])
-                    cache = {real: self._sample(data, source, row, first + real, step, found, excluded)}
-                samples.append(cache[real] if slot < size else replace(cache[real], weight=0.0))
-            batches.append(assemble(step, bucket, samples, data.empty_text, self._text_length, float(size)))
+                    entry = self._fill(data, source, row, filled, place, excluded)
+                    filled.sample_numbers[place] = first + real
+                    if entry is not None and slot < size:  # the rank that owns the slot reports its damage
+                        damaged.append(entry)
+                if slot >= size:
+                    filled.weight[place] = 0
+                last = (real, filled, place)
+            batches.append(filled)
         return _Read(step, batches, damaged, first + size, excluded)
 
-    def _sample(
-        self,
-        data: _Data,
-        source: int,
-        row: int,
-        number: int,
-        step: int,
-        found: list[Quarantined],
-        excluded: frozenset[str],
-    ) -> Sample:
-        index = data.mixture.selections[source].index
-        key = index.key(row)
-        if key in excluded:
-            return Sample(key, number, 0.0, None, None)
-        try:
-            clip = index.read_clip(row)
-            text = index.read_text(row, data.captioners[source])
-        except DamagedSample as damage:
-            entry = Quarantined(key=damage.key, shard=damage.shard, reason=damage.reason, step=step, found="read")
-            found.append(entry)
-            return Sample(key, number, 0.0, None, None)
-        return Sample(key, number, 1.0, clip, text)
+    def _fill(
+        self, data: _Data, source: int, row: int, batch: Batch, place: int, excluded: frozenset[str]
+    ) -> Quarantined | None:
+        """Read a sample into one place of a batch; zeros and weight 0 where it is damaged. Returns the new damage."""
+        index, places = data.mixture.selections[source].index, batch.slot(place)
+        batch.keys[place] = key = index.key(row)
+        damage: Quarantined | None = None
+        if key not in excluded:
+            try:
+                index.read_into(row, data.captioners[source], **places)
+                return None
+            except DamagedSample as error:
+                damage = Quarantined(
+                    key=error.key, shard=error.shard, reason=error.reason, step=batch.step, found="read"
+                )
+        batch.weight[place] = 0
+        for tensor in places.values():
+            tensor.zero_()
+        return damage
+
+
+def _repeat(source: Batch, slot: int, batch: Batch, place: int) -> None:
+    batch.keys[place], batch.sample_numbers[place] = source.keys[slot], source.sample_numbers[slot]
+    batch.weight[place] = source.weight[slot]
+    for name, tensor in source.slot(slot).items():
+        batch.slot(place)[name].copy_(tensor)
 
 
 def _mixtures(data: DatasetIndex | Mixture | Sequence[Mixture]) -> list[Mixture]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.order import Order, Source
+from data.order import GlobalBatch, Interleave, Order, Source, kept_per_shard
 
 # Buckets 0, 1, 3 in 23 shards of uneven size (one empty); bucket 2 has no shard.
 SIZES = [7, 12, 5, 9, 0, 11, 3, 8, 8, 6, 13, 4, 10, 7, 5, 9, 2, 6, 8, 12, 1, 7, 9]
@@ -177,3 +177,149 @@ def test_bad_arguments_are_named() -> None:
         single("f", np.array([0]), np.array([]), [4], 0, 2)
     with pytest.raises(ValueError, match="-1"):
         single("f", starts, buckets, [4, 4], 0, 2).batch(-1)
+
+
+# Several sources. A has buckets 0 and 1, B 1 and 2, C only 1; a third of B's rows and a whole shard are left out.
+A = Source("a", np.array([0, 7, 7, 16, 21, 33]), np.array([0, 1, 1, 0, 0]), None, Fraction(1, 2), [0, 1])
+B_KEPT = (np.arange(30) % 3 != 1) & ~((np.arange(30) >= 11) & (np.arange(30) < 15))
+B = Source("b", np.array([0, 11, 15, 24, 30]), np.array([0, 1, 0, 1]), B_KEPT, Fraction(3, 10), [2, 1])
+C = Source("c", np.array([0, 3, 8]), np.array([0, 0]), None, Fraction(1, 5), [1])
+MIXED = [7, 5, 4]
+
+
+def mixed(sources: tuple[Source, ...] = (A, B, C), batches: list[int] = MIXED) -> Order:
+    return Order(sources, batches, 5, 2)
+
+
+def stream_rows(batches: list[GlobalBatch], source: int, bucket: int) -> tuple[list[int], list[int]]:
+    """Rows and passes that one source has given in one bucket."""
+    rows: list[int] = []
+    passes: list[int] = []
+    for batch in batches:
+        if batch.bucket == bucket:
+            rows += batch.rows[batch.datasets == source].tolist()
+            passes += batch.passes[batch.datasets == source].tolist()
+    return rows, passes
+
+
+def own_rows(source: Source, own: int) -> set[int]:
+    starts, kept = source.shard_start, source.kept
+    return {
+        row
+        for shard, bucket in enumerate(source.shard_bucket)
+        for row in range(starts[shard], starts[shard + 1])
+        if bucket == own and (kept is None or kept[row])
+    }
+
+
+def test_every_sample_of_every_source_once_per_pass() -> None:
+    order = mixed()
+    batches = [order.batch(step) for step in range(300)]
+    sources, seen = (A, B, C), 0
+    for number, source in enumerate(sources):
+        assert source.common is not None
+        for own, bucket in enumerate(source.common):
+            whole = own_rows(source, own)
+            rows, passes = stream_rows(batches, number, bucket)
+            assert passes == [i // len(whole) for i in range(len(rows))]
+            assert len(rows) > 3 * len(whole)
+            for start in range(0, len(rows) - len(whole) + 1, len(whole)):
+                assert set(rows[start : start + len(whole)]) == whole
+            seen += len(rows)
+    assert seen == sum(len(batch.rows) for batch in batches) == order.first_sample(300)
+    first = 0
+    for batch in batches:
+        assert batch.first_sample == first and len(batch.rows) == MIXED[batch.bucket]
+        first += len(batch.rows)
+
+
+def test_weights_are_exact() -> None:
+    """The slots of a bucket are the naive merge; the shares of the datasets are the weights, at any step."""
+    order = mixed()
+    sizes = {"a": 33, "b": int(B_KEPT.sum()), "c": 8}
+    rates = [s.weight * len(own_rows(s, own)) / sizes[s.fingerprint] for s, own in ((A, 1), (B, 1), (C, 0))]
+    merge = sorted((Fraction(2 * i + 1) / rate, member) for member, rate in enumerate(rates) for i in range(3000))
+    batches = [order.batch(step) for step in range(1000)]
+    owners = [d for batch in batches if batch.bucket == 1 for d in batch.datasets.tolist()]
+    assert len(owners) > 1000 and owners == [member for _, member in merge[: len(owners)]]
+    drawn = [0, 0, 0]
+    for step, batch in enumerate(batches):
+        assert order.drawn(step) == drawn
+        for d in batch.datasets.tolist():
+            drawn[d] += 1
+        # What is rounded: which slots of a bucket (under 1 sample a bucket) and which bucket comes (under a batch).
+        off = [abs(count - weight * sum(drawn)) for count, weight in zip(drawn, (0.5, 0.3, 0.2), strict=True)]
+        assert max(off) < max(MIXED) + 3
+    far = 10**12 + 7
+    total = order.first_sample(far)
+    off = [
+        abs(count - w * total) for count, w in zip(order.drawn(far), map(Fraction, ("0.5", "0.3", "0.2")), strict=True)
+    ]
+    assert sum(order.drawn(far)) == total and max(off) < max(MIXED) + 3
+
+
+def test_a_period_is_exact_to_the_sample() -> None:
+    order = Order([Source(n, C.shard_start, C.shard_bucket, None, w, [0]) for n, w in (("c", 7), ("d", 3))], [20], 0, 2)  # type: ignore[arg-type]
+    for step in range(0, 50):
+        assert order.drawn(step) == [14 * step, 6 * step]
+    odd = Order([Source(n, C.shard_start, C.shard_bucket, None, w, [0]) for n, w in (("c", 7), ("d", 3))], [9], 0, 2)  # type: ignore[arg-type]
+    assert odd.drawn(10) == [63, 27] and [abs(10 * odd.drawn(s)[0] - 63 * s) <= 5 for s in range(10)] == [True] * 10
+
+
+def test_a_sources_own_order_stays_when_others_join_or_weights_change() -> None:
+    alone = mixed((A,))
+    other = mixed((B, Source("a", A.shard_start, A.shard_bucket, None, Fraction(9), [0, 1])), [3, 8, 6])
+    for bucket in (0, 1):
+        first = stream_rows([alone.batch(step) for step in range(100)], 0, bucket)[0]
+        second = stream_rows([other.batch(step) for step in range(100)], 1, bucket)[0]
+        shared = min(len(first), len(second))
+        assert shared > 30 and first[:shared] == second[:shared]
+    three = mixed()
+    assert [x.source for x in three._streams[1]] == three.bucket_streams[1] == [0, 1, 2]
+    assert np.array_equal(kept_per_shard(B.shard_start, B_KEPT), [7, 0, 6, 4])
+
+
+def test_mixed_batches_are_a_pure_function_of_the_step() -> None:
+    walked = mixed()
+    sequence = [walked.batch(step) for step in range(80)]
+    jumping = mixed()
+    for step in np.random.Generator(np.random.Philox(4)).permutation(80).tolist():
+        for batch in (jumping.batch(step), mixed().batch(step)):
+            expected = sequence[step]
+            assert (batch.step, batch.bucket, batch.first_sample) == (step, expected.bucket, expected.first_sample)
+            for name in ("datasets", "rows", "passes"):
+                assert np.array_equal(getattr(batch, name), getattr(expected, name))
+
+
+def test_mixed_order_never_changes() -> None:
+    """As test_order_never_changes, with several sources and left-out rows."""
+    order, total = mixed(), hashlib.sha256()
+    for step in range(100):
+        batch = order.batch(step)
+        total.update(np.array([batch.bucket, batch.first_sample], dtype="<i8").tobytes())
+        for values in (batch.datasets, batch.rows, batch.passes):
+            total.update(values.astype("<i8").tobytes())
+    assert total.hexdigest() == "f35ce3e6779dd958b30f256c3668a94ea799736c6c3a36f19ba3ea4834148b4b"
+
+
+@pytest.mark.parametrize(
+    "rates", [[1], [1, 1], [3, 5, 7], [Fraction(1, 3), Fraction(7, 11), 2, 100], [10**9, 1, 10**9 + 1]]
+)
+def test_interleave_is_the_naive_merge(rates: list[Fraction | int]) -> None:
+    found = Interleave(rates)
+    naive = sorted((Fraction(2 * i + 1) / rate, m) for m, rate in enumerate(rates) for i in range(400))[:400]
+    members = [m for _, m in naive]
+    for turn in (0, 1, 2, 17, 99, 250):
+        before, taken = found.take(turn, 100)
+        assert before == found.counts(turn) == [members[:turn].count(m) for m in range(len(rates))]
+        assert taken == members[turn : turn + 100]
+    assert found.counts(found.total * 10**6) == [rate * 10**6 for rate in found.rates]
+
+
+def test_impossible_sources_are_named() -> None:
+    with pytest.raises(DataError, match="weight 0"):
+        mixed((Source("a", A.shard_start, A.shard_bucket, None, Fraction(0), [0, 1]),))
+    with pytest.raises(DataError, match="b has no samples.*thresholds"):
+        mixed((A, Source("b", B.shard_start, B.shard_bucket, np.zeros(30, bool), Fraction(1), [2, 1])))
+    with pytest.raises(DataError, match="no dataset"):
+        mixed(())
