@@ -1,13 +1,29 @@
-"""From a dataset folder to the stream of a rank: index, order, and the draws made off the training thread."""
+"""From dataset folders to the stream of a rank: selections, mixtures, segments, and the draws made off the training
+thread. docs/data-order.md states what the order of samples depends on.
+
+    data.path=shards/train                                             # one dataset
+    data.path=null 'data.datasets=[{path: shards/speech, weight: 0.7, thresholds: {dnsmos: [2.5, null]}}, ...]'
+    'data.segments=[{first_step: 20000, datasets: [{path: shards/fine}]}]'     # other data from that step on
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import MISSING
 
 from data.batch import Batch
+from data.clip import Bucket
+from data.errors import DataError
 from data.index import DatasetIndex
-from data.state import DataState
+from data.mixture import BatchCost, Mixture, explicit_sizes
+from data.selection import Rule, Selection, read_takedown
+from data.share import GroupShare
+from data.state import DataState, Segment
 from data.stream import Stream
 from train.errors import RunError
 from train.mesh import Layout
@@ -16,20 +32,78 @@ from train.objective import Draws, Objective
 
 
 @dataclass
-class DataConfig:
-    """What is trained on. `batch_size`: clips of a global batch; `micro_batch`: clips a rank takes at a time.
+class DatasetConfig:
+    """One dataset, or a part of it. `weight`: its share of the samples (of all datasets or of none; null: by size).
 
-    `window`: shards among which clips are shuffled; `valid_path`: held-out dataset (null: no validation).
+    `thresholds`: {score: [lowest, highest]}, null for no limit; `takedown`: file of keys that are left out, one a line;
+    `selection`: file with both, as data.refilter writes it, which `thresholds` and `takedown` narrow further.
     """
 
-    path: str = "???"
+    path: str = MISSING
+    weight: float | None = None
+    thresholds: dict[str, list[float | None]] = field(default_factory=dict)
+    takedown: str | None = None
+    selection: str | None = None
+
+
+@dataclass
+class SegmentConfig:
+    """Other data from a step on. `first_step`: the first step that takes them."""
+
+    first_step: int = MISSING
+    datasets: list[DatasetConfig] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """What is trained on: `path` (one dataset) or `datasets`; `segments`: what follows later, in rising order of steps.
+
+    Clips of a global batch: `batch_size` in every bucket; or what costs at most `batch_cost` (see
+    data.mixture.BatchCost, with `attention_tokens`, rounded down to a `batch_multiple`); or `batch_sizes`, by bucket
+    ("49x44x80x403": latent frames, height, width, sound). `micro_batch`: clips a rank takes at a time. `window`: shards
+    among which clips are shuffled; `valid_path`: held-out dataset (null: no validation). `workers`: threads that read
+    ahead (0: none).
+    """
+
+    path: str | None = MISSING
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    segments: list[SegmentConfig] = field(default_factory=list)
     valid_path: str | None = None
     batch_size: int = 8
+    batch_cost: float | None = None
+    attention_tokens: float = 29184.0
+    batch_multiple: int = 1
+    batch_sizes: dict[str, int] = field(default_factory=dict)
     micro_batch: int = 1
     window: int = 16
     captioner: str | None = None
     prefetch: int = 2
+    workers: int = 1
     quarantine_budget: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.datasets:
+            raise ValueError("data.path is null and data.datasets is empty: give one of them")
+        if self.path not in (None, MISSING) and self.datasets:
+            raise ValueError(
+                f"data.path={self.path} and data.datasets are both given: set data.path=null to mix datasets"
+            )
+        if self.batch_cost is not None and self.batch_sizes:
+            raise ValueError("data.batch_cost and data.batch_sizes are both given: choose one")
+        steps = [0, *(segment.first_step for segment in self.segments)]
+        if any(before >= after for before, after in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"data.segments begin at steps {steps[1:]}: their first steps must rise, from 1 on")
+        if empty := [segment.first_step for segment in self.segments if not segment.datasets]:
+            raise ValueError(f"data.segments: the one from step {empty[0]} has no datasets")
+
+    def sizes(self, buckets: list[Bucket]) -> list[int]:
+        """Clips of a global batch, per bucket. DataError where a bucket has no size."""
+        if self.batch_sizes:
+            return explicit_sizes(buckets, self.batch_sizes)
+        if self.batch_cost is not None:
+            cost = BatchCost(self.batch_cost, self.attention_tokens, self.batch_multiple)
+            return [cost.size(bucket) for bucket in buckets]
+        return [self.batch_size] * len(buckets)
 
 
 @dataclass
@@ -40,9 +114,19 @@ class Prepared:
     draws: Draws
 
 
+@dataclass(frozen=True)
+class Part:
+    """A segment as the config states it, opened where that was possible."""
+
+    first_step: int
+    mixture: Mixture | None
+    error: DataError | RunError | None  # why it could not be opened
+    stated: list[dict[str, Any]]  # what the config alone says of its datasets (empty where a file of it is gone)
+
+
 def open_dataset(path: str, text_dim: int) -> DatasetIndex:
     """Open a dataset for a model. RunError when its text embeddings have another width than the model reads."""
-    index = DatasetIndex.open(Path(path))
+    index = DatasetIndex.open(path if _is_address(path) else Path(path))
     if index.text_dim != text_dim:
         raise RunError(
             f"dataset {path} has text embeddings of width {index.text_dim}, the model reads {text_dim}; "
@@ -51,13 +135,51 @@ def open_dataset(path: str, text_dim: int) -> DatasetIndex:
     return index
 
 
-def start_state(index: DatasetIndex, config: DataConfig, seed: int) -> DataState:
-    """The data state of a new run: one segment from step 0 on, the same batch size in every bucket."""
-    return DataState.start(index.fingerprint, [config.batch_size] * len(index.buckets), seed, config.window)
+def open_data(config: DataConfig, text_dim: int) -> list[Part]:
+    """Open all segments of the config for a model.
+
+    Raises DataError or RunError when the last one can't be opened. The errors of earlier ones wait: a run that is past
+    them does not need their data any more.
+    """
+    datasets = config.datasets or [DatasetConfig(path=str(config.path))]
+    stages = [SegmentConfig(0, datasets), *config.segments]
+    parts = [_open_part(stage, text_dim) for stage in stages]
+    if parts[-1].error is not None:
+        raise parts[-1].error
+    return parts
+
+
+def close_data(parts: list[Part]) -> None:
+    """Close the files that are held open."""
+    for part in parts:
+        for selection in part.mixture.selections if part.mixture is not None else []:
+            selection.index.close()
+
+
+def describe_data(parts: list[Part]) -> str:
+    """One line for the log: folders (with their shares), and the steps from which they serve."""
+    lines = []
+    for part in parts:
+        if part.mixture is None:
+            lines.append(f"from step {part.first_step} what is not there any more")
+            continue
+        shares = zip(part.mixture.selections, part.mixture.weights, strict=True)
+        named = " + ".join(f"{s.index.root}" + (f" ({float(w):.1%})" if w != 1 else "") for s, w in shares)
+        lines.append(f"from step {part.first_step} {named}" if len(parts) > 1 else named)
+    return "; ".join(lines)
+
+
+def start_state(parts: list[Part], config: DataConfig, seed: int) -> DataState:
+    """The data state of a new run (that of a resumed one replaces it, and `open_stream` compares)."""
+    segments = []
+    for part in parts:
+        fingerprint = part.mixture.fingerprint if part.mixture is not None else ""
+        segments.append(Segment(part.first_step, fingerprint, [], seed, config.window))
+    return DataState(segments)
 
 
 def open_stream(
-    index: DatasetIndex,
+    parts: list[Part],
     state: DataState,
     config: DataConfig,
     layout: Layout,
@@ -65,9 +187,13 @@ def open_stream(
     seed: int,
     text_length: int,
 ) -> Stream[Prepared]:
-    """The stream of this rank from the state's position on; timesteps and noise come with each micro-batch."""
+    """The stream of this rank from the state's position on; timesteps and noise come with each micro-batch.
+
+    All ranks call it. DataError, with the difference, when the config's data is not what the state has followed.
+    """
+    state.follow(plan(parts, state, config, seed))
     return Stream(
-        index,
+        [part.mixture for part in parts if part.mixture is not None],
         state,
         dp_rank=layout.dp_rank,
         dp_world=layout.dp_world,
@@ -76,5 +202,85 @@ def open_stream(
         transform=lambda batch: Prepared(batch, draw(batch, objective, seed)),
         captioner=config.captioner,
         prefetch=config.prefetch,
+        workers=config.workers,
         quarantine_budget=config.quarantine_budget,
+        share=_share(layout),
     )
+
+
+def plan(parts: list[Part], state: DataState, config: DataConfig, seed: int) -> list[Segment]:
+    """The segments that the config asks for, seen from the state's position.
+
+    Segments that ended before it are stated, not opened. Raises the error of a later one that could not be opened.
+    """
+    segments: list[Segment] = []
+    before: Mixture | None = None  # of the segment before, where it was needed
+    for number, part in enumerate(parts):
+        ended = number + 1 < len(parts) and parts[number + 1].first_step < state.position
+        recorded = state.segments[number] if number < len(state.segments) else None
+        if before is not None:
+            last = segments[-1]
+            order = before.order(last.batch_sizes, last.seed, last.window)
+            first_sample = last.first_sample + order.first_sample(part.first_step - last.first_step)
+        else:
+            first_sample = recorded.first_sample if recorded is not None else 0
+        if ended:
+            segments.append(Segment(part.first_step, "", [], seed, config.window, first_sample, part.stated))
+            continue
+        if part.mixture is None:
+            assert part.error is not None
+            raise part.error
+        before = part.mixture
+        sizes = config.sizes(before.buckets)
+        described = before.describe()
+        segments.append(
+            Segment(part.first_step, before.fingerprint, sizes, seed, config.window, first_sample, described)
+        )
+    return segments
+
+
+def _open_part(stage: SegmentConfig, text_dim: int) -> Part:
+    stated: list[dict[str, Any]] = []
+    try:
+        rules = [_rule(dataset) for dataset in stage.datasets]
+        stated = _stated(stage.datasets, rules)
+        selections = [
+            Selection(open_dataset(dataset.path, text_dim), rule)
+            for dataset, rule in zip(stage.datasets, rules, strict=True)
+        ]
+        return Part(stage.first_step, Mixture(selections, [d.weight for d in stage.datasets]), None, stated)
+    except (DataError, RunError) as error:
+        return Part(stage.first_step, None, error, stated)
+
+
+def _rule(dataset: DatasetConfig) -> Rule:
+    rule = Rule() if dataset.selection is None else Rule.read(dataset.selection)
+    takedown = [] if dataset.takedown is None else read_takedown(dataset.takedown)
+    return rule.narrowed(dataset.thresholds, takedown)
+
+
+def _stated(datasets: list[DatasetConfig], rules: list[Rule]) -> list[dict[str, Any]]:
+    stated = [rule.describe() for rule in rules]
+    weights = [Fraction(str(dataset.weight)) for dataset in datasets if dataset.weight is not None]
+    if len(weights) == len(datasets) and sum(weights) > 0:
+        for values, weight in zip(stated, weights, strict=True):
+            values["weight"] = str(weight / sum(weights))
+    return stated
+
+
+def _is_address(path: str) -> bool:
+    return path.startswith("pipe:") or "://" in path
+
+
+def _share(layout: Layout) -> GroupShare | None:
+    """A group of its own for each sequence-parallel group, whose ranks are neighbours."""
+    size = layout.sequence.size
+    if size == 1:
+        return None
+    mine = None
+    for first in range(0, dist.get_world_size(), size):
+        group = dist.new_group(list(range(first, first + size)), backend="gloo")
+        if dist.get_rank() in range(first, first + size):
+            mine = group
+    assert mine is not None
+    return GroupShare(mine)

@@ -17,7 +17,7 @@ from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import TrainConfig
 from train.errors import RankError
-from train.feed import open_dataset, open_stream, start_state
+from train.feed import describe_data, open_data, open_dataset, open_stream, start_state
 from train.guard import StepSignals, StepSums, StopRequest, on_first_rank
 from train.mesh import Layout
 from train.monitor import Monitor, cut_metrics
@@ -66,10 +66,10 @@ def _train(
 ) -> tuple[str, int]:
     stop = StopRequest(run_dir.stop_file)
     objective = Objective(config.objective, config.model.experts)
-    index = open_dataset(config.data.path, config.model.video.text_dim)
+    data = open_data(config.data, config.model.video.text_dim)
     model = build_model(config.model, config.parallel, layout, config.seed)
     optimizer = ShardedOptimizer(model, config.optim, layout.shard_group)
-    state = TrainState(model, optimizer, start_state(index, config.data, config.seed))
+    state = TrainState(model, optimizer, start_state(data, config.data, config.seed))
 
     found = on_first_rank(lambda: checkpoint.newest(run_dir.checkpoints))
     if found is not None:
@@ -82,7 +82,9 @@ def _train(
     with ExitStack() as stack:
         monitor = Monitor(run_dir, config.monitor, resolved, config.steps, active=first)
         stack.callback(monitor.close)
-        monitor.say(f"run {run_dir.root}: {layout.describe()}; {_parameters(model):,} parameters; data {index.root}")
+        monitor.say(
+            f"run {run_dir.root}: {layout.describe()}; {_parameters(model):,} parameters; data {describe_data(data)}"
+        )
         if found is not None:
             monitor.say(f"resumed from {found} at step {state.step}")
         validator = None
@@ -91,7 +93,7 @@ def _train(
             validator = Validator(valid, config.validation, objective, layout, config.model.text_length)
             if state.step == 0:
                 monitor.validation(0, validator.run(model))
-        stream = open_stream(index, state.data, config.data, layout, objective, config.seed, config.model.text_length)
+        stream = open_stream(data, state.data, config.data, layout, objective, config.seed, config.model.text_length)
         stack.callback(stream.close)
 
         signals = StepSignals()
@@ -126,7 +128,7 @@ def _train(
             signals.post(step, losses.share, losses.video, losses.audio, norm, stop.requested())
             state.step = step + 1
             now = time.perf_counter()
-            tokens = config.data.batch_size * _tokens(micro_batches[0].batch, config.model)
+            tokens = micro_batches[0].batch.total_weight * _tokens(micro_batches[0].batch, config.model)
             details = {
                 "expert": expert,
                 "lr_tower": config.optim.lr_tower * factor,

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from model.attention import BACKENDS
 from train.errors import RunError
+from train.recompute import KINDS
 from train.sequence import SequenceGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -23,6 +25,8 @@ class ParallelConfig:
     ranks that are left). The `ring` x `ulysses` ranks of a sequence-parallel group share the tokens of each sample.
     `compute` is the dtype of weights and activations within a step; master weights, optimizer state and the reduction
     of gradients stay float32 (float64 when `compute` is float64). `attention`: a backend of model.attention.
+    `recompute`: activation checkpointing, see train/recompute.py. `compile`: a backend of torch.compile for each block
+    ("inductor"; "aot_eager" to find out quickly whether it compiles), or "none".
     """
 
     dp_replicate: int = 1
@@ -31,10 +35,13 @@ class ParallelConfig:
     ulysses: int = 1
     compute: str = "float32"
     attention: str = "auto"
+    recompute: str = "none"
+    compile: str = "none"
 
     def __post_init__(self) -> None:
-        if self.compute not in DTYPES:
-            raise ValueError(f"parallel.compute {self.compute!r} is not one of {', '.join(DTYPES)}")
+        for name, known in (("compute", tuple(DTYPES)), ("attention", BACKENDS), ("recompute", KINDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"parallel.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         for name in ("dp_replicate", "ring", "ulysses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; a degree is 1 or more")
@@ -122,10 +129,12 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout:
     Ranks of a Ulysses row are neighbours (all-to-all stays within a node where it can), then the ring, then dp_shard.
     """
     replicate, shard, ring, ulysses = check_degrees(config, dist.get_world_size())
-    names = ("dp_replicate", "dp_shard", "ring", "ulysses")
-    mesh = init_device_mesh(device.type, (replicate, shard, ring, ulysses), mesh_dim_names=names)
-    sequence = mesh["ring", "ulysses"]._flatten("sequence")
-    mesh["dp_shard", "ring", "ulysses"]._flatten("fsdp")
-    group = SequenceGroup(sequence.get_group(), mesh["ulysses"].get_group(), mesh["ring"].get_group(), ulysses, ring)
-    dp_rank = dist.get_rank() // (ring * ulysses)
-    return Layout(mesh["dp_replicate", "fsdp"], device, replicate, shard, dp_rank, group)
+    sequence, data = ring * ulysses, replicate * shard
+    # Three views of the same ranks, in the same order.
+    fsdp = init_device_mesh(device.type, (replicate, shard * sequence), mesh_dim_names=("dp_replicate", "fsdp"))
+    groups = init_device_mesh(device.type, (data, sequence), mesh_dim_names=("data", "sequence"))
+    rows = init_device_mesh(device.type, (data, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
+    group = SequenceGroup(
+        groups["sequence"].get_group(), rows["ulysses"].get_group(), rows["ring"].get_group(), ulysses, ring
+    )
+    return Layout(fsdp, device, replicate, shard, dist.get_rank() // sequence, group)

@@ -1,4 +1,4 @@
-"""Parallelism, applied from outside in one visible order: attention backend -> sequence -> FSDP2 -> weights."""
+"""Parallelism, applied from outside in one visible order: sequence -> recomputation -> compile -> FSDP2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from model.init import initial_value
 from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
 from train.mesh import DTYPES, Layout, ParallelConfig
+from train.recompute import recompute_activations, units
 from train.sequence import shard_sequence
 
 
@@ -23,6 +24,10 @@ def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, s
     model.use_attention(parallel.attention)
     if layout.sequence.size > 1:
         shard_sequence(model, layout.sequence, parallel.attention)
+    recompute_activations(model, parallel.recompute)
+    if parallel.compile != "none":
+        for module in units(model):
+            module.compile(backend=parallel.compile)
     master = torch.float64 if parallel.compute == "float64" else torch.float32
     model.to(master)
     shard_model(model, parallel, layout)

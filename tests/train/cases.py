@@ -133,14 +133,14 @@ def backward(model, micro_batches, step: int, layout=ONE_PROCESS) -> StepLosses:
     return forward_backward(model, micro_batches, OBJECTIVE, expert, layout)
 
 
-def gradient_parity(micro: int, heads: int = 1, **degrees: int) -> dict:
+def gradient_parity(micro: int, heads: int, parallel: dict[str, Any]) -> dict:
     """Invariants 2 and 3: gradients of a layout against those of one process over the global batch, float64."""
     config = tiny_config(heads, trainable_condition_scale=True, pooled_adaln=True)
     whole = reference_model(config, torch.float64)
     prepared = global_batch(0, torch.float64)
     expected_losses = backward(whole, [prepared], 0)
     expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
-    model, layout = sharded_model(config, ParallelConfig(compute="float64", **degrees))
+    model, layout = sharded_model(config, ParallelConfig(compute="float64", **parallel))
     losses = backward(model, my_micro_batches(prepared, layout, micro), 0, layout)
     found = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     sums, expected_sums = (torch.cat([x.share.view(1), x.video, x.audio]) for x in (losses, expected_losses))
@@ -154,10 +154,6 @@ def gradient_parity(micro: int, heads: int = 1, **degrees: int) -> dict:
         "sums": ((sums - expected_sums) / expected_sums).abs().max().item(),
         "norm": abs(norm.item() / true_norm.item() - 1),
     }
-
-
-def layout_parity(micro: int, heads: int, degrees: dict[str, int]) -> dict:
-    return gradient_parity(micro, heads, **degrees)
 
 
 def sgd_parity(degrees: dict[str, int]) -> tuple[float, str]:

@@ -17,6 +17,10 @@ TWO = {
     "ulysses 2, 3 heads": (4, 3, {"ulysses": 2}),
     "ulysses 2, 1 head, accumulated": (2, 1, {"ulysses": 2}),
     "ring 2": (4, 1, {"ring": 2}),
+    "recomputed": (2, 1, {"recompute": "full"}),
+    "recomputed but attention": (2, 1, {"recompute": "selective"}),
+    "ulysses 2, recomputed but attention": (4, 3, {"ulysses": 2, "recompute": "selective"}),
+    "compiled": (4, 1, {"compile": "aot_eager"}),
 }
 FOUR = {
     "hsdp": (1, 1, {"dp_replicate": 2}),
@@ -26,6 +30,7 @@ FOUR = {
     "ring 4": (4, 2, {"ring": 4}),
     "ring 2 x ulysses 2, 3 heads": (1, 3, {"ring": 2, "ulysses": 2}),
     "ulysses 2 in fsdp 2": (2, 2, {"ulysses": 2}),
+    "ring 2 x ulysses 2, recomputed": (4, 2, {"ring": 2, "ulysses": 2, "recompute": "full"}),
     "ring 2 in replicas": (1, 1, {"ring": 2, "dp_replicate": 2}),
 }
 
@@ -36,7 +41,7 @@ def two_ranks(tmp_path_factory):
     return folder, run_cases(
         2,
         {
-            **{name: (cases.layout_parity, case) for name, case in TWO.items()},
+            **{name: (cases.gradient_parity, case) for name, case in TWO.items()},
             "sgd": (cases.sgd_parity, ({},)),
             "adamw_exact": (cases.adamw_parity, ("float64", 0)),
             **{f"adamw_{seed}": (cases.adamw_parity, ("float32", seed)) for seed in range(3)},
@@ -57,7 +62,7 @@ def four_ranks(two_ranks):
     return run_cases(
         4,
         {
-            **{name: (cases.layout_parity, case) for name, case in FOUR.items()},
+            **{name: (cases.gradient_parity, case) for name, case in FOUR.items()},
             "hsdp_sgd": (cases.sgd_parity, ({"dp_replicate": 2},)),
             "usp_sgd": (cases.sgd_parity, ({"ring": 2, "ulysses": 2},)),
             "loaded": (cases.load_checkpoint, (folder, 2)),
