@@ -52,7 +52,7 @@ def scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            end = 0
+            end = 0  # of the last member, in whole blocks
             for member in tar:
                 if reason := refuse_unsafe(member):
                     raise DataError(f"{path}: member {member.name!r} {reason}; don't use this shard")
@@ -60,11 +60,14 @@ def scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 if kind in members.setdefault(key, {}):
                     raise DataError(f"{path}: {member.name} occurs twice; prepare the dataset again")
                 members[key][kind] = (member.offset_data, member.size)
-                end = max(end, member.offset_data + member.size)
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        with open(path, "rb") as file:
+            file.seek(end)
+            mark = file.read(2 * tarfile.BLOCKSIZE)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path} can't be read ({error}); {REPAIR}") from error
-    if end > path.stat().st_size:
-        raise DataError(f"{path} is cut off: it has {path.stat().st_size} bytes, its members reach to {end}; {REPAIR}")
+    if mark != bytes(2 * tarfile.BLOCKSIZE):  # or samples could be missing unnoticed
+        raise DataError(f"{path} is cut off: no end mark follows its last member, which ends at byte {end}; {REPAIR}")
     for key, kinds in members.items():
         if set(kinds) != KINDS or len(key.encode()) > 24:
             raise DataError(
