@@ -95,6 +95,27 @@ def test_text_audio_is_for_the_audio_tower_alone():
     assert (base.audio - other.audio).abs().max() > 1e-3
 
 
+def test_pooled_adaln_is_its_definition():
+    """Against torch's own MultiheadAttention and interpolation: a probe over each frame's tokens, LayerNorm, linear in
+    time to the steps of sound, (scale, shift) of the normed sound that asks. Keys are normed, what is pooled is not."""
+    torch.manual_seed(0)
+    model = filled_model(small_config(pooled_adaln=True))
+    conditioner = model.dual_tower_bridge.video_to_audio_conditioners["0"]
+    pooling = conditioner.per_frame_pooling
+    video, audio = torch.randn(2, 3 * 6, 64, dtype=torch.float64), torch.randn(2, 11, 32, dtype=torch.float64)
+    mha = torch.nn.MultiheadAttention(64, 1, batch_first=True).double()
+    mha.load_state_dict(pooling.attention.state_dict())
+    frames = video.view(2 * 3, 6, 64)
+    pooled = mha(pooling.probe.expand(6, 1, 64), frames, frames, need_weights=False)[0].view(2, 3, 64)
+    pooled = torch.nn.functional.layer_norm(pooled, (64,), pooling.layernorm.weight, pooling.layernorm.bias, 1e-6)
+    pooled = torch.nn.functional.interpolate(pooled.mT, size=11, mode="linear", align_corners=False).mT
+    projected = torch.nn.functional.silu(pooled) @ conditioner.adaln.linear.weight.T + conditioner.adaln.linear.bias
+    scale, shift = projected[..., :32], projected[..., 32:]
+    asking = torch.nn.functional.layer_norm(audio, (32,), eps=1e-5) * (1 + scale) + shift
+    expected = conditioner.inner(asking, conditioner.y_norm(video), None, None)
+    torch.testing.assert_close(conditioner(audio, video, None, None, 3), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_condition_scale_trains():
     model, x = filled_model(small_config(trainable_condition_scale=True)), inputs()
     model(**x).video.square().mean().backward()
