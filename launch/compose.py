@@ -20,7 +20,7 @@ from data.errors import DataError
 from launch.local import LocalConfig
 from train.config import TrainConfig, register, to_dataclass
 from train.errors import RunError
-from train.feed import open_dataset
+from train.feed import close_data, open_data, open_dataset
 from train.mesh import check_degrees
 from train.run_dir import RunDir
 
@@ -69,9 +69,9 @@ def _check(launch: Launch) -> None:
     check_degrees(launch.train.parallel, launch.cluster.world)
     data = launch.train.data
     try:
-        for path in (data.path, data.valid_path):
-            if path is not None:
-                open_dataset(path, launch.train.model.video.text_dim).close()
+        close_data(open_data(data, launch.train.model.video.text_dim))
+        if data.valid_path is not None:
+            open_dataset(data.valid_path, launch.train.model.video.text_dim).close()
     except DataError as error:
         raise RunError(str(error)) from None
 
