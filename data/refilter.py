@@ -53,7 +53,7 @@ def refilter(config: RefilterConfig) -> dict[str, Any]:
             raise DataError(f"the score {both[0]} is in {root / SCORES} and in {config.external}; rename it there")
         table |= external.rows(table[external.by].tolist())
         columns_now = [*columns, *external.columns]
-        found = int(np.isin(table[external.by].astype(str), external._keys.astype(str)).sum())
+        found = int(external.has(table[external.by].tolist()).sum())
         if found == 0:
             raise DataError(
                 f"no {external.by} of {config.external} occurs in {root / SCORES}: it is of another dataset"
@@ -92,7 +92,8 @@ def select(folder: Path, rules: Filter, columns: Sequence[str], table: dict[str,
     for rule in rules.rules:
         (score, (lowest, highest)), *others = [item for term in rule for item in term.items()]
         unmeasured = bool(np.isnan(here[score]).any())
-        if others or score not in columns or score in thresholds or (unmeasured and rules.config.missing == "keep"):
+        unknown = score not in columns or bool(np.isnan(here[score]).all())  # the index has no such column
+        if others or unknown or score in thresholds or (unmeasured and rules.config.missing == "keep"):
             continue
         thresholds[score] = [lowest if np.isfinite(lowest) else None, highest if np.isfinite(highest) else None]
         passed &= (here[score] >= np.float32(lowest)) & (here[score] <= np.float32(highest))

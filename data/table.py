@@ -62,6 +62,8 @@ class External:
         ]  # fmt: skip
         if not numeric:
             raise DataError(f"the table of scores {path} has no column of numbers beside {self.by}")
+        if table.num_rows == 0:
+            raise DataError(f"the table of scores {path} has no rows")
         keys = np.array([str(key).encode() for key in table[self.by].to_pylist()], dtype=bytes)
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
@@ -78,13 +80,20 @@ class External:
 
     def rows(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """float32 [n] a column, NaN for keys that the table does not have."""
-        wanted = np.array([key.encode() for key in keys], dtype=bytes) if len(keys) else np.zeros(0, "S1")
-        places = np.minimum(np.searchsorted(self._keys, wanted), max(0, len(self) - 1))
-        there = self._keys[places] == wanted if len(self) else np.zeros(len(wanted), bool)
+        places, there = self._find(keys)
         return {
-            name: np.where(there, self._values[number][places] if len(self) else np.nan, np.nan).astype(np.float32)
+            name: np.where(there, self._values[number][places], np.float32(np.nan))
             for number, name in enumerate(self.columns)
         }
+
+    def has(self, keys: Sequence[str]) -> np.ndarray:
+        """bool [n]: which keys the table has."""
+        return self._find(keys)[1]
+
+    def _find(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        wanted = np.array([str(key).encode() for key in keys], dtype=bytes)
+        places = np.minimum(np.searchsorted(self._keys, wanted), len(self) - 1)
+        return places, self._keys[places] == wanted
 
     def lookup(self, key: str) -> dict[str, float]:
         """The scores of one key, NaN where there are none."""

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,8 @@ class WindowStage:
             raise DataError(f"window.shots={config.shots} must be single, multi or both")
         if not config.lookback >= 0:
             raise DataError(f"window.lookback={config.lookback} must be at least 0 seconds")
+        if config.rule == "mova":
+            need("window.rule=mova", "silero_vad", "onnxruntime", "scenedetect", "cv2")
         self.config, self.buckets = config, buckets
 
     def __call__(self, media: Media, sha256: str) -> Cut:
@@ -152,8 +155,8 @@ def mova_windows(
     """(start, kind) of MOVA's windows (paper, data section, stage 1); all times in seconds.
 
     speech: segments (start, end), rising; cuts: times of scene cuts, rising; span: of the file. A window's start is
-    drawn uniformly from [lo, start of its segment], lo = the latest of: end of the speech before, the scene's start,
-    and the segment's start less `lookback`. The first segment's window starts with it. The next window belongs to the first
+    drawn uniformly from [lo, start of its segment], lo = the latest of: end of the speech before, scene's start,
+    segment's start less `lookback`. The first segment's window starts with it. The next window belongs to the first
     segment that begins after the window's end, so that none overlap. A window with a cut inside is multi-shot, one that
     lies wholly in its scene single-shot; those of another kind than `shots` are left out.
     """
@@ -256,8 +259,13 @@ class SceneDetector:
 @lru_cache(maxsize=1)
 def speech_model() -> Any:
     """silero-vad's network, once a process (the ONNX one: it does not touch torch's number of threads)."""
-    try:
-        from silero_vad import load_silero_vad
-    except ImportError as error:
-        raise DataError("speech needs silero-vad and onnxruntime: pip install silero-vad onnxruntime") from error
+    from silero_vad import load_silero_vad
+
     return load_silero_vad(onnx=True)
+
+
+def need(what: str, *modules: str) -> None:
+    """DataError, with what to install, when a module that is imported later is not there."""
+    packages = {"silero_vad": "silero-vad", "scenedetect": "scenedetect-headless", "cv2": "opencv-python-headless"}
+    if missing := [packages.get(module, module) for module in modules if find_spec(module) is None]:
+        raise DataError(f"{what} needs a package that is not installed: pip install {' '.join(missing)}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from data.scores import Decoded
-from data.window import SceneDetector
+from data.window import SceneDetector, need
 
 SMALL = 64  # rows or columns at most that motion is measured on
 
@@ -17,6 +17,7 @@ class ShotCount:
     name, version, columns = "shots", 1, ("shot_count",)
 
     def __init__(self, threshold: float):
+        need("the score shots", "scenedetect", "cv2")
         self.threshold = threshold
 
     def __call__(self, decoded: Decoded) -> dict[str, float]:

@@ -2,23 +2,33 @@
 
 import math
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.decode import SAMPLE_RATE
-from data.errors import DataError
 from data.scores import Decoded
 from data.scores.sound import silence_ratio
-from data.window import find_speech
+from data.window import find_speech, need
 
 DNSMOS_SAMPLES = round(9.01 * SAMPLE_RATE)  # what the network takes
+# polynomials from the network's outputs to opinion scores, highest power first (speechmos, MIT licence)
+POLYNOMIALS = {
+    "dnsmos_sig": (-0.08397278, 1.22083953, 0.0052439),
+    "dnsmos_bak": (-0.13166888, 1.60915514, -0.39604546),
+    "dnsmos_ovrl": (-0.06766283, 1.11546468, 0.04602535),
+}
 
 
 class SpeechFraction:
     """`speech_fraction`: share of the window that silero-vad calls speech."""
 
     name, version, columns = "speech", 1, ("speech_fraction",)
+
+    def __init__(self) -> None:
+        need("the score speech", "silero_vad", "onnxruntime")
 
     def __call__(self, decoded: Decoded) -> dict[str, float]:
         if decoded.waveform is None:
@@ -35,37 +45,29 @@ class Dnsmos:
     """
 
     name, version = "dnsmos", 1
-    columns = ("dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak")
+    columns = tuple(POLYNOMIALS)
 
     def __init__(self, max_silence: float, silence_db: float):
+        need("the score dnsmos", "speechmos", "onnxruntime")
         self.max_silence, self.silence_db = max_silence, silence_db
 
     def __call__(self, decoded: Decoded) -> dict[str, float]:
         waveform = decoded.waveform
         if waveform is None or not silence_ratio(waveform, self.silence_db) <= self.max_silence:
             return dict.fromkeys(self.columns, math.nan)
-        samples = np.resize(waveform.clamp(-1, 1).numpy(), DNSMOS_SAMPLES)
-        found = dnsmos_model()(samples, SAMPLE_RATE, False)
-        return {column: float(found[f"{column.removeprefix('dnsmos_')}_mos"]) for column in self.columns}
+        samples = np.resize(waveform.clamp(-1, 1).numpy(), DNSMOS_SAMPLES).astype(np.float32)
+        raw = dnsmos_model().run(None, {"input_1": samples[None]})[0][0]  # signal, background, overall
+        return {name: float(np.polyval(POLYNOMIALS[name], value)) for name, value in zip(POLYNOMIALS, raw, strict=True)}
 
 
 @lru_cache(maxsize=1)
 def dnsmos_model() -> Any:
-    """The network of the speechmos package, once a process, on one thread."""
-    try:
-        import onnxruntime
-        from speechmos import dnsmos
-    except ImportError as error:
-        raise DataError(
-            "the score dnsmos needs speechmos, librosa and onnxruntime: pip install speechmos librosa onnxruntime"
-        ) from error
-    from pathlib import Path
+    """The network that the package speechmos carries, once a process, on one thread; the package's code isn't run."""
+    import onnxruntime
 
+    spec = find_spec("speechmos")
+    assert spec is not None and spec.submodule_search_locations, "Dnsmos has looked for it"
+    path = Path(spec.submodule_search_locations[0]) / "dnsmos_models" / "sig_bak_ovr.onnx"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # a worker is one thread
-    folder = Path(dnsmos.__file__).parent / "dnsmos_models"
-    model = dnsmos.DNSMOS.__new__(dnsmos.DNSMOS)  # its constructor would take all cores
-    for attribute, file in (("onnx_sess", "sig_bak_ovr.onnx"), ("p808_onnx_sess", "model_v8.onnx")):
-        providers = ["CPUExecutionProvider"]
-        setattr(model, attribute, onnxruntime.InferenceSession(str(folder / file), options, providers=providers))
-    return model
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
