@@ -142,7 +142,7 @@ def test_data_of_ended_segments_may_be_gone(roots: dict[str, str]) -> None:
         ({"path": None}, "give one of them"),
         ({"path": "x", "datasets": [DatasetConfig("y")]}, "both given.*data.path=null"),
         ({"path": "x", "batch_cost": 5.0, "batch_sizes": {"a": 1}}, "choose one"),
-        ({"path": "x", "segments": [SegmentConfig(5, [DatasetConfig("y")]), SegmentConfig(5, [DatasetConfig("y")])]}, "rise"),
+        ({"path": "x", "segments": [SegmentConfig(step, [DatasetConfig("y")]) for step in (5, 5)]}, "rise"),
         ({"path": "x", "segments": [SegmentConfig(0, [DatasetConfig("y")])]}, "rise"),
         ({"path": "x", "segments": [SegmentConfig(5)]}, "step 5 has no datasets"),
     ],
