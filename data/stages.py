@@ -119,10 +119,14 @@ class Encode:
 
 
 def encode_condition(first_frame: Tensor, frames: int) -> Tensor:
-    """Latents [16, 1 + (frames - 1) / 4, h, w] of a first frame [3, H, W] followed by zero frames."""
-    pixels = torch.zeros(3, frames, *first_frame.shape[1:])
+    """Latents [16, 1 + (frames - 1) / 4, h, w] of a first frame [3, H, W] followed by zero frames.
+
+    The codec works block by block in time and zeros stay zeros in any sum: one block of zero frames stands for all.
+    """
+    pixels = torch.zeros(3, min(frames, 5), *first_frame.shape[1:])
     pixels[:, 0] = first_frame
-    return video.encode(pixels)
+    latents = video.encode(pixels)
+    return torch.cat([latents, latents[:, -1:].expand(-1, (frames - 1) // 4 - latents.shape[1] + 1, -1, -1)], dim=1)
 
 
 def lufs(waveform: Tensor) -> float:

@@ -90,7 +90,8 @@ def composed(*overrides: str) -> PrepareConfig:
 def test_the_papers_filters() -> None:
     good = {
         "silence_ratio": 0.1, "bandwidth": 4000, "audiobox_pq": 6, "audiobox_cu": 5, "audiobox_ce": 3,
-        "dover_aesthetic": 0.9, "dover_technical": 0.2, "imagebind": 0.3, "desync": 0.1, "subtitles": 0, "lse_d": 8, "lse_c": 6,
+        "dover_aesthetic": 0.9, "dover_technical": 0.2,
+        "imagebind": 0.3, "desync": 0.1, "subtitles": 0, "lse_d": 8, "lse_c": 6,
     }  # fmt: skip
     failures: dict[str, Filter] = {}
     for phase in ("phase1", "phase2", "phase3"):
@@ -219,7 +220,8 @@ def test_scores_from_elsewhere_are_joined(dataset: Path, tmp_path: Path) -> None
     assert kept_keys(dataset) == {key for key, name in zip(keys, table["source"], strict=True) if name == "3.mp4"}
     for content, message in (
         ([{"key": "a" * 24, "desync": 1.0}], "no key of .* occurs"), ([{"key": keys[0], "dover": 1.0}], "dover is in"),
-        ([{"key": "a", "x": 1.0}, {"key": "a", "x": 2.0}], "more than once"), ([{"name": "a", "x": 1.0}], "needs `key`"),
+        ([{"key": "a", "x": 1.0}, {"key": "a", "x": 2.0}], "more than once"),
+        ([{"name": "a", "x": 1.0}], "needs `key`"),
         ([{"key": "a", "x": "word"}], "no column of numbers"),
     ):  # fmt: skip
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
