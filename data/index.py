@@ -89,7 +89,10 @@ class DatasetIndex:
             if record["format"] != FORMAT:
                 raise DataError(f"the index of {place} has format {record['format']}, expected {FORMAT}; {rebuild}")
             check_names(record)
-            columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in record["columns"]}
+            columns = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)  # a memmap is slower by the row
+                for name in record["columns"]
+            }
             index = cls(place, record, columns, verify)
         except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"index of {place} is unreadable ({type(error).__name__}: {error}); {rebuild}"
@@ -273,17 +276,22 @@ class DatasetIndex:
                 raise ValueError(f"holds tensors {shapes}, its bucket says {wanted}")
             buffers: list[memoryview] = []
             for name in entries:
-                tensor = expected[name]
-                buffers += map(buffer_of, tensor[:, :stored]) if name == "condition" else [buffer_of(tensor)]
+                buffer = buffer_of(expected[name])
+                if name == "condition":  # channel by channel, each to its first frames
+                    channel = len(buffer) // VIDEO_CHANNELS
+                    kept = channel // expected[name].shape[1] * stored
+                    buffers += [buffer[c * channel : c * channel + kept] for c in range(VIDEO_CHANNELS)]
+                else:
+                    buffers.append(buffer)
             return buffers
 
         def fill(source: Source, offset: int, size: int, crc: int | None) -> None:
             read_tensors(source, offset, size, crc, targets)
-            self._refuse_not_finite(row, "av", expected)
+            if condition is not None and stored < condition.shape[1]:
+                condition[:, stored:] = condition[:, stored - 1 : stored]
+            self._refuse_not_finite(row, "av", expected)  # of whole tensors: before, the tail holds anything
 
         self._read(row, "av", None, fill)
-        if condition is not None and stored < condition.shape[1]:
-            condition[:, stored:] = condition[:, stored - 1 : stored]
 
     def _read_text(self, row: int, captioner: str, padded: Tensor | None) -> Tensor:
         """Read a caption's embedding into `padded` [length, D], or into a new tensor [L, D]."""
