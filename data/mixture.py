@@ -41,6 +41,7 @@ class Mixture:
         exact = _exact(selections, given)
         pairs = sorted(zip(selections, exact, strict=True), key=lambda pair: pair[0].fingerprint)
         self.selections = [selection for selection, _ in pairs]
+        self._shares = "by weight" if any(weight is not None for weight in given) else "by size"
         self.weights = [weight / sum(exact) for _, weight in pairs]
         self._check()
         self.buckets: list[Bucket] = []
@@ -99,7 +100,7 @@ class Mixture:
     def describe(self) -> list[dict[str, Any]]:
         """Plain values for the data state, by which a difference can be shown."""
         pairs = zip(self.selections, self.weights, strict=True)
-        return [{**selection.describe(), "weight": str(weight)} for selection, weight in pairs]
+        return [{**s.describe(), "weight": str(weight), "shares": self._shares} for s, weight in pairs]
 
     def _check(self) -> None:
         first = self.selections[0]

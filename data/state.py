@@ -46,7 +46,7 @@ class Segment:
         difference.
         """
         lines = []
-        if self.sources and other.sources:
+        if self.sources and other.sources and self.fingerprint != other.fingerprint:
             known = {name for source in other.sources for name in source}
             here = [{name: value for name, value in source.items() if name in known} for source in self.sources]
             lines = _source_differences(here, other.sources)

@@ -265,7 +265,8 @@ def _stated(datasets: list[DatasetConfig], rules: list[Rule]) -> list[dict[str, 
     if len(weights) == len(datasets) and sum(weights) > 0:
         for values, weight in zip(stated, weights, strict=True):
             values["weight"] = str(weight / sum(weights))
-    return stated
+    shares = "by weight" if weights else "by size"
+    return [{**values, "shares": shares} for values in stated]
 
 
 def _is_address(path: str) -> bool:

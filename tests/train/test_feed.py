@@ -129,6 +129,9 @@ def test_data_of_ended_segments_may_be_gone(roots: dict[str, str]) -> None:
     )
     with pytest.raises(DataError, match=r"thresholds: {} -> {'x': \[1.0, None\]}"):
         resume(other, state)
+    weighted = DataConfig(path=None, datasets=[DatasetConfig(roots["a"], 0.5)], batch_size=4, segments=segments)
+    with pytest.raises(DataError, match="shares: by size -> by weight"):
+        resume(weighted, state)
     shutil.rmtree(roots["c"])
     with pytest.raises(
         DataError, match=f"{roots['c']} does not exist"
