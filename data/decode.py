@@ -135,8 +135,9 @@ def open_media(path: Path | str) -> Media:
             _read_timestamps(media, container, _choose(videos))
             ends.append(media.video_end)
         if audios:
-            container.seek(0)
-            _read_sound(media, container, _choose(audios))
+            # opened anew: seeking back would end at the picture's first key frame, and lose the sound before it
+            with av.open(str(path)) as again:
+                _read_sound(media, again, again.streams[_choose(audios).index])
             if media.audio is not None:
                 ends.append(media.audio_start + len(media.audio) / SAMPLE_RATE)
         if not ends:

@@ -173,3 +173,14 @@ def test_natural_clips_decode(real_clips: Path) -> None:
             start, end = media.span
             assert end - start > 2 and media.audio is not None
             assert media.frames(start + 1, 5, 24, 32, 32).std() > 0.01
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_late_picture_loses_no_sound(make_media: MakeMedia, tmp_path: Path, suffix: str) -> None:
+    path = make_media(tmp_path / f"late.{suffix}", times=[0.4 + i / 24 for i in range(40)], sound=click(2.0, 0.2))
+    media = open_media(path)
+    assert media.audio is not None and media.span == pytest.approx((0.4, 0.4 + 40 / 24), abs=0.05)
+    sound = media.sound(0.0, 2 * SAMPLE_RATE)
+    onset = int((sound.abs() > 0.05).nonzero()[0]) / SAMPLE_RATE
+    assert onset == pytest.approx(0.2, abs=0.01) and float(sound[round(1.9 * SAMPLE_RATE) :].abs().max()) > 0.3
+    assert float(media.sound(0.4, SAMPLE_RATE)[:160].abs().max()) > 0.3
