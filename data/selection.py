@@ -167,11 +167,12 @@ def _sieve(keys: np.ndarray) -> np.ndarray:
 
 def chunks(column: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, values) over a column. A mapped one is read, not mapped: its pages would stay in this process."""
-    if not isinstance(column, np.memmap) or column.filename is None:
+    mapped = column if isinstance(column, np.memmap) else column.base  # an index holds plain views of mapped arrays
+    if not isinstance(mapped, np.memmap) or mapped.filename is None or mapped.shape != column.shape:
         for start in range(0, len(column), CHUNK):
             yield start, np.asarray(column[start : start + CHUNK])
         return
-    with open(column.filename, "rb") as file:
-        file.seek(column.offset)
+    with open(mapped.filename, "rb") as file:
+        file.seek(mapped.offset)
         for start in range(0, len(column), CHUNK):
             yield start, np.fromfile(file, dtype=column.dtype, count=min(CHUNK, len(column) - start))

@@ -28,7 +28,7 @@ def index(root: Path, tmp_path: Path) -> DatasetIndex:
     np.save(tmp_path / "score.npy", SCORES)
     found.columns = {
         **found.columns,
-        "score-quality": np.load(tmp_path / "score.npy", mmap_mode="r"),
+        "score-quality": np.load(tmp_path / "score.npy", mmap_mode="r").view(np.ndarray),
         "score-speech": SCORES[::-1].copy(),
     }
     return found
@@ -136,3 +136,11 @@ def test_missing_files_and_scores_are_named(index: DatasetIndex, tmp_path: Path)
             read(tmp_path / "nowhere")
     with pytest.raises(DataError, match="sharpness.*it has quality, speech"):
         Selection(index, Rule.of({"sharpness": [0, 1]}))
+
+
+def test_mapped_columns_are_read_and_not_kept_in_memory(index: DatasetIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, counts = np.fromfile, []
+    monkeypatch.setattr(np, "fromfile", lambda *args, **kw: counts.append(kw["count"]) or read(*args, **kw))
+    assert index.columns["key"].base is not None and not isinstance(index.columns["key"], np.memmap)
+    Selection(index, Rule.of({"quality": [0.3, None]}, [index.key(2)]))
+    assert counts == [10, 10]  # the score and the keys
