@@ -19,18 +19,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from data.state import DataState
+from train.engine import Engine
 from train.errors import RunError
 from train.guard import on_first_rank
-from train.optim import ShardedOptimizer
 from train.run_dir import config_differences, write_atomically
 
 MARKER = "COMMITTED"
 STATE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -51,8 +49,7 @@ class CheckpointConfig:
 class TrainState:
     """All that a checkpoint holds. `step`: attempted batches so far, the index of the next one."""
 
-    model: nn.Module
-    optimizer: ShardedOptimizer
+    engine: Engine
     data: DataState
     step: int = 0
 
@@ -71,13 +68,13 @@ def save(state: TrainState, folder: Path, config: dict[str, Any], layout: str, k
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save(_tensors(state), checkpoint_id=path)
+            dcp.save(state.engine.tensors(), checkpoint_id=path)
     except Exception as error:
         raise RunError(f"checkpoint {path} could not be written: {error}") from error
     content = {
         "step": state.step,
         "data": state.data.to_json(),
-        "optimizer_steps": _optimizer_steps(state.optimizer),
+        "optimizer_steps": state.engine.update_counts(),
         "config": config,
         "layout": layout,
         "torch": torch.__version__,
@@ -121,59 +118,20 @@ def load(state: TrainState, path: Path, config: dict[str, Any]) -> None:
     if differing:
         lines = "\n".join(f"  {line}" for line in differing)
         raise RunError(f"checkpoint {path} was written under another config (checkpoint -> now):\n{lines}")
-    _restore_steps(state.optimizer, content["optimizer_steps"])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(_tensors(state), checkpoint_id=path)
-    except Exception as error:
-        raise RunError(f"checkpoint {path} cannot be read: {error}") from error
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, checkpoint_id=path)
+        except Exception as error:
+            raise RunError(f"checkpoint {path} cannot be read: {error}") from error
+
+    state.engine.restore(content["optimizer_steps"], read)
     state.step = content["step"]
     restored = DataState.from_json(content["data"])
     state.data.segments, state.data.position = restored.segments, restored.position
     state.data.quarantine = restored.quarantine
-
-
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by its engine-neutral key; sharded ones as DTensors over the live storage."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in state.optimizer.parameters.items():
-        tensors[f"model.{name}"] = parameter.detach()
-        moments = state.optimizer.adamw.state.get(state.optimizer.shards[name], {})
-        for key in MOMENTS:
-            if key in moments:
-                tensors[f"optim.{name}.{key}"] = _like(parameter, moments[key])
-    return tensors
-
-
-def _like(parameter: Tensor, shard: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _optimizer_steps(optimizer: ShardedOptimizer) -> dict[str, int]:
-    """Update counts of the parameters that have been stepped (each expert counts its own)."""
-    state = optimizer.adamw.state
-    return {name: int(state[shard]["step"]) for name, shard in optimizer.shards.items() if shard in state}
-
-
-def _restore_steps(optimizer: ShardedOptimizer, steps: dict[str, int]) -> None:
-    """Empty moments with the right update counts, for the tensors to be read into."""
-    optimizer.adamw.state.clear()
-    for name, count in steps.items():
-        shard = optimizer.shards[name]
-        optimizer.adamw.state[shard] = {
-            "step": torch.tensor(float(count), dtype=torch.float32, device=shard.device),
-            **{key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS},
-        }
 
 
 def _fresh(path: Path) -> None:

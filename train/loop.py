@@ -8,22 +8,20 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
 from data.batch import Batch
 from data.errors import DataError
 from model.joint import JointConfig
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import TrainConfig
+from train.engine import build_engine
 from train.errors import RankError
 from train.feed import describe_data, open_data, open_dataset, open_stream, start_state
 from train.guard import StepSignals, StepSums, StopRequest, on_first_rank
 from train.mesh import Layout
 from train.monitor import Monitor, cut_metrics
 from train.objective import Objective
-from train.optim import ShardedOptimizer, lr_factor
-from train.parallelize import build_model
+from train.optim import lr_factor
 from train.run_dir import RunDir
 from train.step import forward_backward
 from train.validate import Validator
@@ -67,9 +65,9 @@ def _train(
     stop = StopRequest(run_dir.stop_file)
     objective = Objective(config.objective, config.model.experts)
     data = open_data(config.data, config.model.video.text_dim)
-    model = build_model(config.model, config.parallel, layout, config.seed)
-    optimizer = ShardedOptimizer(model, config.optim, layout.shard_group)
-    state = TrainState(model, optimizer, start_state(data, config.data, config.seed))
+    engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed)
+    model = engine.model
+    state = TrainState(engine, start_state(data, config.data, config.seed))
 
     found = on_first_rank(lambda: checkpoint.newest(run_dir.checkpoints))
     if found is not None:
@@ -82,9 +80,7 @@ def _train(
     with ExitStack() as stack:
         monitor = Monitor(run_dir, config.monitor, resolved, config.steps, active=first)
         stack.callback(monitor.close)
-        monitor.say(
-            f"run {run_dir.root}: {layout.describe()}; {_parameters(model):,} parameters; data {describe_data(data)}"
-        )
+        monitor.say(f"run {run_dir.root}: {layout.describe()}; {engine.size:,} parameters; data {describe_data(data)}")
         if found is not None:
             monitor.say(f"resumed from {found} at step {state.step}")
         validator = None
@@ -118,10 +114,9 @@ def _train(
             except DataError as error:
                 raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}") from error
             expert = objective.expert(step)
-            losses = forward_backward(model, micro_batches, config.objective, expert, layout)
-            norm = optimizer.global_norm()
+            losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
             factor = lr_factor(config.optim, step, config.steps)
-            optimizer.step(factor, norm)
+            norm = engine.step(factor, expert)
 
             earlier = collect()
             stopping = earlier is not None and earlier.stop
@@ -162,7 +157,3 @@ def _tokens(batch: Batch, model: JointConfig) -> int:
     """Video and audio tokens of one sample of this batch."""
     video = math.prod(batch.video.shape[2:]) // math.prod(model.video.patch_size)
     return video + batch.audio.shape[2] // model.audio.patch_size[0]
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -14,6 +14,7 @@ from train.errors import RunError
 from train.recompute import KINDS
 from train.sequence import SequenceGroup
 
+ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -21,14 +22,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class ParallelConfig:
     """How a run is laid out over its ranks.
 
-    `dp_replicate` groups hold the model each, sharded over `dp_shard` x `ring` x `ulysses` ranks (dp_shard -1: all
-    ranks that are left). The `ring` x `ulysses` ranks of a sequence-parallel group share the tokens of each sample.
-    `compute` is the dtype of weights and activations within a step; master weights, optimizer state and the reduction
-    of gradients stay float32 (float64 when `compute` is float64). `attention`: a backend of model.attention.
-    `recompute`: activation checkpointing, see train/recompute.py. `compile`: a backend of torch.compile for each block
-    ("inductor"; "aot_eager" to find out quickly whether it compiles), or "none".
+    `engine`: who shards weights, gradients and optimizer state: "fsdp2", or DeepSpeed's "zero1", "zero2", "zero3" (over
+    all ranks, not in float64). `dp_replicate` groups hold the model each, sharded over `dp_shard` x `ring` x `ulysses`
+    ranks (dp_shard -1: all that are left). The `ring` x `ulysses` ranks of a sequence-parallel group share the tokens
+    of each sample. `compute` is the dtype of weights and activations within a step; master weights, optimizer state and
+    the reduction of gradients stay float32 (float64 when `compute` is float64). `attention`: a backend of
+    model.attention. `recompute`: activation checkpointing, see train/recompute.py. `compile`: a backend of
+    torch.compile for each block ("inductor"; "aot_eager" to find out quickly whether it compiles), or "none".
     """
 
+    engine: str = "fsdp2"
     dp_replicate: int = 1
     dp_shard: int = -1
     ring: int = 1
@@ -39,12 +42,22 @@ class ParallelConfig:
     compile: str = "none"
 
     def __post_init__(self) -> None:
-        for name, known in (("compute", tuple(DTYPES)), ("attention", BACKENDS), ("recompute", KINDS)):
+        choices = {"engine": ENGINES, "compute": tuple(DTYPES), "attention": BACKENDS, "recompute": KINDS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"parallel.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         for name in ("dp_replicate", "ring", "ulysses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; a degree is 1 or more")
+        if self.engine != "fsdp2":
+            if self.dp_replicate > 1:
+                raise ValueError(
+                    f"parallel.dp_replicate={self.dp_replicate} needs fsdp2; {self.engine} has no replicas"
+                )
+            if self.compute == "float64":
+                raise ValueError(f"parallel.compute=float64 needs fsdp2; {self.engine} has float32 masters")
+        if self.engine == "zero3" and self.compile != "none":
+            raise ValueError(f"parallel.compile={self.compile} needs fsdp2, zero1 or zero2")
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Layout:
     dp_shard: int
     dp_rank: int  # this rank's place among those that get different samples; equal within a sequence-parallel group
     sequence: SequenceGroup
+    engine: str = "fsdp2"
 
     @property
     def dp_world(self) -> int:
@@ -65,7 +79,7 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """All ranks: FSDP averages gradients over them."""
+        """All ranks: the engine averages gradients over them."""
         return self.dp_world * self.sequence.size
 
     @property
@@ -85,7 +99,7 @@ class Layout:
             "ulysses": self.sequence.ulysses,
         }  # fmt: skip
         product = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1 or name == "dp_shard")
-        return f"{self.world} ranks on {self.device.type} = {product}"
+        return f"{self.world} ranks on {self.device.type} = {product}, {self.engine}"
 
 
 def check_degrees(config: ParallelConfig, world: int) -> tuple[int, int, int, int]:
@@ -137,4 +151,4 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout:
     group = SequenceGroup(
         groups["sequence"].get_group(), rows["ulysses"].get_group(), rows["ring"].get_group(), ulysses, ring
     )
-    return Layout(fsdp, device, replicate, shard, dist.get_rank() // sequence, group)
+    return Layout(fsdp, device, replicate, shard, dist.get_rank() // sequence, group, config.engine)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 SCHEDULES = ("constant", "cosine", "wsd")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass

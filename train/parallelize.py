@@ -1,4 +1,7 @@
-"""Parallelism, applied from outside in one visible order: sequence -> recomputation -> compile -> FSDP2."""
+"""Parallelism, applied from outside in one visible order: sequence -> recomputation -> compile -> FSDP2.
+
+DeepSpeed ZeRO (train/zero.py) takes FSDP2's place in that order.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,24 @@ from train.sequence import shard_sequence
 
 
 def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, seed: int) -> JointTransformer:
-    """The sharded model with its starting weights: built on the meta device, then filled shard by shard."""
+    """The FSDP2 model with its starting weights: built on the meta device, then filled shard by shard."""
     with torch.device("meta"):
         model = JointTransformer(config)
+    model.to(torch.float64 if parallel.compute == "float64" else torch.float32)  # master weights
+    place_model(model, parallel, layout)
+    model.to_empty(device=layout.device)
+    fill_weights(model, lambda name, p: initial_value(name, tuple(p.shape), seed, config.video.num_layers))
+    return model
+
+
+def place_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
+    """All parallelism on a plain model, in place; its parameters become shards, whatever device they are on."""
+    prepare_model(model, parallel, layout)
+    shard_model(model, parallel, layout)
+
+
+def prepare_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
+    """What comes before an engine shards the parameters, in place."""
     model.use_attention(parallel.attention)
     if layout.sequence.size > 1:
         shard_sequence(model, layout.sequence, parallel.attention)
@@ -28,12 +46,6 @@ def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, s
     if parallel.compile != "none":
         for module in units(model):
             module.compile(backend=parallel.compile)
-    master = torch.float64 if parallel.compute == "float64" else torch.float32
-    model.to(master)
-    shard_model(model, parallel, layout)
-    model.to_empty(device=layout.device)
-    fill_weights(model, lambda name, p: initial_value(name, tuple(p.shape), seed, config.video.num_layers))
-    return model
 
 
 def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:

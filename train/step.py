@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from model.joint import JointTransformer
@@ -30,22 +31,29 @@ def forward_backward(
     objective: ObjectiveConfig,
     expert: str,
     layout: Layout,
+    backward: Callable[[Tensor, bool], None] | None = None,
 ) -> StepLosses:
     """Accumulate the gradient of the global batch's loss into the model's parameters.
 
-    FSDP averages gradients over all ranks, the shares of the ranks sum to the loss: each share is multiplied once by
-    the number of ranks. Gradients are reduced in the last micro-batch only.
+    Engines average gradients over all ranks, the shares of the ranks sum to the loss: each share is multiplied once by
+    the number of ranks. `backward(loss, last)`: the engine's; without it the model is FSDP's or a plain one.
     """
+    backward = backward or partial(backward_sharded, model)
     share = torch.zeros((), device=layout.device)
     sums = torch.zeros(2, 2, dtype=torch.float64, device=layout.device)
     for i, prepared in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == len(micro_batches) - 1)
         batch, draws = prepared.batch.to(layout.device), prepared.draws.to(layout.device)
         parts = loss_share(model, batch, draws, objective, expert, layout.sequence.size)
-        (parts.share * layout.world).backward()
+        backward(parts.share * layout.world, i == len(micro_batches) - 1)
         share = share + parts.share.detach()
         for row, mse, present in ((0, parts.video, batch.video_weight), (1, parts.audio, batch.audio_weight)):
             weight = batch.weight * present
             sums[row] += torch.stack([(weight * mse).sum(), weight.sum() / layout.sequence.size])
     return StepLosses(share, sums[0], sums[1])
+
+
+def backward_sharded(model: nn.Module, loss: Tensor, last: bool) -> None:
+    """Backward through an FSDP2 model, or a plain one. Gradients are reduced in the last micro-batch only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    loss.backward()

@@ -21,6 +21,7 @@ from model.joint import JointConfig, JointTransformer
 from model.tower import TowerConfig
 from train import checkpoint
 from train.checkpoint import TrainState
+from train.engine import ShardedEngine
 from train.feed import Prepared
 from train.mesh import Layout, ParallelConfig, make_layout
 from train.noise import draw
@@ -305,12 +306,11 @@ def global_generators() -> bool:
 
 def new_state(parallel: ParallelConfig) -> tuple[TrainState, Layout]:
     model, layout = sharded_model(tiny_config(), parallel)
-    optimizer = ShardedOptimizer(model, OPTIM, layout.shard_group)
-    return TrainState(model, optimizer, DataState.start("f" * 8, [4], 0, 2)), layout
+    return TrainState(ShardedEngine(model, OPTIM, layout), DataState.start("f" * 8, [4], 0, 2)), layout
 
 
 def whole_state(state: TrainState) -> dict[str, torch.Tensor]:
-    return {k: full(v).clone() for k, v in checkpoint._tensors(state).items()}
+    return {k: full(v).clone() for k, v in state.engine.tensors().items()}
 
 
 CONFIG = {"model": {"dim": 48}, "objective": {"boundary": 900.0}, "optim": {"clip": 0.05}, "steps": 10}
@@ -319,7 +319,7 @@ CONFIG = {"model": {"dim": 48}, "objective": {"boundary": 900.0}, "optim": {"cli
 def save_checkpoint(folder: Path, replicate: int) -> dict[str, torch.Tensor]:
     """Three steps, then a checkpoint; returns everything in it, whole, and after two more steps the losses."""
     state, layout = new_state(ParallelConfig(dp_replicate=replicate))
-    train_steps(state.model, state.optimizer, layout, range(3))
+    train_steps(state.engine.model, state.engine.optimizer, layout, range(3))
     state.step = state.data.position = 3
     if dist.get_rank() == 1:  # only this rank met the damaged sample
         state.data.quarantine.append({"key": "bad", "shard": "av-000000.tar", "reason": "checksum", "step": 2})
@@ -330,10 +330,10 @@ def save_checkpoint(folder: Path, replicate: int) -> dict[str, torch.Tensor]:
 def load_checkpoint(folder: Path, replicate: int) -> dict:
     """A model with other weights takes over the newest checkpoint."""
     state, layout = new_state(ParallelConfig(dp_replicate=replicate))
-    fill_weights(state.model, lambda n, p: torch.full(tuple(p.shape), 7.0))
+    fill_weights(state.engine.model, lambda n, p: torch.full(tuple(p.shape), 7.0))
     path = checkpoint.newest(folder)
     checkpoint.load(state, path, CONFIG)
-    counts = {n: int(state.optimizer.adamw.state[s]["step"]) for n, s in state.optimizer.shards.items()}
+    counts = state.engine.update_counts()
     result = {"tensors": whole_state(state), "step": state.step, "data": state.data.to_json(), "counts": counts}
-    train_steps(state.model, state.optimizer, layout, range(3, 5))
+    train_steps(state.engine.model, state.engine.optimizer, layout, range(3, 5))
     return result | {"after": whole_state(state)}

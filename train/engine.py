@@ -1,0 +1,116 @@
+"""What the trainer drives: a model with its optimizer under one of two engines, FSDP2 or DeepSpeed ZeRO.
+
+Both keep the same contract: gradients of the ranks' shares are averaged over all ranks, the norm is that of the true
+global gradient, the idle expert is not touched, and a checkpoint has the same names and whole shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from model.joint import JointConfig, JointTransformer
+from train.mesh import Layout, ParallelConfig
+from train.optim import MOMENTS, OptimConfig, ShardedOptimizer
+from train.parallelize import build_model
+from train.step import backward_sharded
+from train.zero import ZeroEngine
+
+
+class Engine(Protocol):
+    """A model that is being trained."""
+
+    model: JointTransformer  # called like it, whatever wraps it
+    size: int  # parameters of the whole model
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a loss's gradient, averaged over all ranks. `last`: it is the last one before `step`."""
+
+    def step(self, factor: float, expert: str) -> Tensor:
+        """Clip, update at `factor` times each group's LR, drop the gradients; the other expert stays as it is.
+
+        Returns the 2-norm of the global gradient before clipping (a scalar on the device). When it is not finite,
+        weights, moments and update counts stay as they were.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint by its engine-neutral key, sharded ones as DTensors. All ranks call."""
+
+    def update_counts(self) -> dict[str, int]:
+        """How often each parameter has been updated, of those that ever were."""
+
+    def restore(self, counts: dict[str, int], read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Take over a checkpoint: `read` fills the tensors that it is given. All ranks call."""
+
+
+def build_engine(
+    config: JointConfig, parallel: ParallelConfig, optim: OptimConfig, layout: Layout, seed: int
+) -> Engine:
+    """The engine that `parallel.engine` names, with the model's starting weights. RunError when it cannot run here."""
+    if parallel.engine == "fsdp2":
+        return ShardedEngine(build_model(config, parallel, layout, seed), optim, layout)
+    return ZeroEngine(config, parallel, optim, layout, seed)
+
+
+class ShardedEngine:
+    """FSDP2 with AdamW on the local shards. A checkpoint reads and writes the live storage."""
+
+    def __init__(self, model: JointTransformer, optim: OptimConfig, layout: Layout) -> None:
+        self.model = model
+        self.size = sum(parameter.numel() for parameter in model.parameters())
+        self.optimizer = ShardedOptimizer(model, optim, layout.shard_group)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See Engine."""
+        backward_sharded(self.model, loss, last)
+
+    def step(self, factor: float, expert: str) -> Tensor:
+        """See Engine. The idle expert has no gradient, which is all that the optimizer needs to know."""
+        norm = self.optimizer.global_norm()
+        self.optimizer.step(factor, norm)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Engine."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.optimizer.parameters.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            moments = self.optimizer.adamw.state.get(self.optimizer.shards[name], {})
+            for key in MOMENTS:
+                if key in moments:
+                    tensors[f"optim.{name}.{key}"] = _like(parameter, moments[key])
+        return tensors
+
+    def update_counts(self) -> dict[str, int]:
+        """See Engine (each expert counts its own)."""
+        state = self.optimizer.adamw.state
+        return {name: int(state[shard]["step"]) for name, shard in self.optimizer.shards.items() if shard in state}
+
+    def restore(self, counts: dict[str, int], read: Callable[[dict[str, Tensor]], None]) -> None:
+        """See Engine."""
+        state = self.optimizer.adamw.state
+        state.clear()
+        for name, count in counts.items():
+            shard = self.optimizer.shards[name]
+            state[shard] = {
+                "step": torch.tensor(float(count), dtype=torch.float32, device=shard.device),
+                **{key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS},
+            }
+        read(self.tensors())
+
+
+def _like(parameter: Tensor, shard: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
