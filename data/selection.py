@@ -22,7 +22,7 @@ import yaml
 from data.errors import DataError
 from data.index import DatasetIndex
 
-CHUNK = 1 << 20  # rows that are looked at in one go
+CHUNK = 1 << 17  # rows that are looked at in one go: small enough for the cache
 
 Limits = tuple[float | None, float | None]
 

@@ -79,6 +79,7 @@ def test_fingerprints_tell_apart_what_differs_and_nothing_else(index: DatasetInd
         Rule.of({"quality": [0.3, 0.8]}, [index.key(5)]),
         Rule.of({}, [index.key(5)]),
         Rule.of({}, ["f" * 24]),
+        Rule.of({}, ["e" * 24]),
     ]
     prints = [Selection(index, rule).fingerprint for rule in rules]
     assert len({*prints, index.fingerprint}) == len(rules) + 1
