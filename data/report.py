@@ -190,7 +190,7 @@ def _clip(one: Mapping[str, Any]) -> str:
     why = f'<br><span class="why">{_text(one["why"])}</span>' if one["why"] else ""
     return (
         f'<figure title="{_text(scores)}">{picture}{sound}<figcaption>{_text(one["source"])} at {one["start"]:.2f} s'
-        f"{why}<br>{_text(scores)}</figcaption></figure>"
+        f"{why}<details><summary>scores</summary>{_text(scores)}</details></figcaption></figure>"
     )
 
 

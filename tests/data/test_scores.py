@@ -55,7 +55,7 @@ def test_bandwidth_of_nothing() -> None:
 
 
 def test_black_bars() -> None:
-    frames = torch.rand(3, 5, 80, 100, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames = torch.rand(3, 41, 80, 100, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert measure("bars", frames)["black_bars"] == 0
     frames[:, :, :10] = frames[:, :, 70:] = -0.97  # letterbox, with the codec's noise
     assert measure("bars", frames)["black_bars"] == pytest.approx(0.25)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,14 +171,14 @@ def test_stopped_while_it_is_put_together(
 ) -> None:
     import data.prepare
 
-    for name in ("merge", "write_report", "build_index", "_tidy"):
+    def die(*_: object) -> None:
+        raise Killed
+
+    deadly = SimpleNamespace(**{**vars(os), "rename": die})
+    for name, dying in (("merge", die), ("write_report", die), ("build_index", die), ("os", deadly), ("_tidy", die)):
         output = tmp_path / name
         with monkeypatch.context() as patch:
-
-            def die(*_: object) -> None:
-                raise Killed
-
-            patch.setattr(data.prepare, name, die)
+            patch.setattr(data.prepare, name, dying)
             with pytest.raises(Killed):
                 prepare(config(source, output))
         with monkeypatch.context() as patch:
@@ -191,7 +192,9 @@ def test_other_settings_begin_anew_unless_others_are_at_it(source: Path, tmp_pat
     prepare(config(source, tmp_path / "set", unit="0/4", units=0))
     with pytest.raises(DataError, match="begun with other settings.*frames: 17, now 21"):
         prepare(config(source, tmp_path / "set", unit="1/4", units=0, frames=21))
+    (tmp_path / "set.partial" / "av-777777.tar").write_bytes(b"of a unit that there will not be")
     prepare(config(source, tmp_path / "set", frames=21))
+    assert not (tmp_path / "set" / "av-777777.tar").exists()
     assert DatasetIndex.open(tmp_path / "set").buckets[0].frames == 6
 
 
