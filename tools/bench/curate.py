@@ -62,7 +62,7 @@ def measure(config: CurateBench) -> dict[str, Any]:
 
 
 def costs(summary: dict[str, Any]) -> dict[str, float]:
-    """Core-seconds per clip-second by stage, the dearest first. Files are probed and cut whole; the rest sees windows."""
+    """Core-seconds per clip-second by stage, the dearest first. Whole files are probed and cut."""
     windows = summary["seconds"]
     cost = {
         stage: cpu / (summary["source_seconds"] if stage in ("probe", "window") else windows)
