@@ -41,7 +41,7 @@ def forward_flops(config: JointConfig, grid: tuple[int, int, int], audio_steps: 
     bridge = _bridge(tokens_v, video.dim, tokens_a, audio.dim) + _bridge(tokens_a, audio.dim, tokens_v, video.dim)
     if config.bridge.pooled_adaln:
         frames = grid[0] // video.patch_size[0]
-        bridge += 4 * tokens_v * video.dim**2 + 4 * frames * video.dim**2 + 4 * tokens_v * video.dim
+        bridge += 4 * tokens_v * video.dim**2 + 2 * (frames + 1) * video.dim**2 + 4 * tokens_v * video.dim
         bridge += 4 * tokens_a * video.dim * audio.dim
     return Flops(
         video=_tower(video, tokens_v, config.text_length),
