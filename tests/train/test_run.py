@@ -177,7 +177,7 @@ def test_a_nan_in_a_latent_costs_the_sample_not_the_run(place, alone):
     [
         (
             "another_dataset",
-            r"(?s)data of the past 10 steps can't be changed \(recorded -> now\).*dataset: [0-9a-f]{64} -> [0-9a-f]{64}",
+            r"(?s)past 10 steps can't be changed \(recorded -> now\).*dataset: [0-9a-f]{64} -> [0-9a-f]{64}",
         ),
         ("another_model", r"(?s)exists with another config.*model.video.ffn_dim: 64 -> 32"),
         ("missing", "nowhere does not exist.*python -m data.prepare"),
