@@ -182,6 +182,8 @@ def measure(bench: IndexBench) -> list[tuple[str, str]]:
         shutil.rmtree(place)
     rows = [("samples, shards, buckets", f"{bench.shards * bench.samples:,}, {bench.shards:,}, {len(BUCKETS)}")]
     rows.append(("random steps, each in a fresh process", ", ".join(f"{r['step']:,}" for r in results["whole"])))
+    load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    rows.append(("load of the machine at the end (average of a minute)", load))
     for case, what in zip(
         CASES, ("whole dataset", "2 thresholds, 1,000 keys down", "2 selections by weight"), strict=True
     ):
