@@ -71,7 +71,7 @@ def _check(launch: Launch) -> None:
     try:
         close_data(open_data(data, launch.train.model.video.text_dim))
         if data.valid_path is not None:
-            open_dataset(data.valid_path, launch.train.model.video.text_dim).close()
+            open_dataset(data.valid_path, launch.train.model.video.text_dim, data.places).close()
     except DataError as error:
         raise RunError(str(error)) from None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch.distributed as dist
 from omegaconf import MISSING
@@ -54,6 +54,30 @@ class SegmentConfig:
     datasets: list[DatasetConfig] = field(default_factory=list)
 
 
+VERIFY = ("none", "crc", "full")
+
+
+@dataclass
+class PlacesConfig:
+    """How datasets are read; what is remote comes through a local cache that all processes of a machine share.
+
+    `cache`: its folder (null: in the user's cache folder), `cache_gib`: what the shards in it may take. `verify`: "crc"
+    compares checksums, "full" also looks for NaN, "none" trusts the bytes. `timeout`: seconds without a byte after
+    which a remote read has failed.
+    """
+
+    cache: str | None = None
+    cache_gib: float = 200.0
+    verify: str = "crc"
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.verify not in VERIFY:
+            raise ValueError(f"data.places.verify {self.verify!r} is not one of {', '.join(VERIFY)}")
+        if self.cache_gib <= 0 or self.timeout <= 0:
+            raise ValueError("data.places.cache_gib and data.places.timeout must be above 0")
+
+
 @dataclass
 class DataConfig:
     """What is trained on: `path` (one dataset) or `datasets`; `segments`: what follows later, in rising order of steps.
@@ -80,6 +104,7 @@ class DataConfig:
     prefetch: int = 2
     workers: int = 1
     quarantine_budget: float = 0.001
+    places: PlacesConfig = field(default_factory=PlacesConfig)
 
     def __post_init__(self) -> None:
         if self.path is None and not self.datasets:
@@ -124,9 +149,15 @@ class Part:
     stated: list[dict[str, Any]]  # what the config alone says of its datasets (empty where a file of it is gone)
 
 
-def open_dataset(path: str, text_dim: int) -> DatasetIndex:
+def open_dataset(path: str, text_dim: int, places: PlacesConfig) -> DatasetIndex:
     """Open a dataset for a model. RunError when its text embeddings have another width than the model reads."""
-    index = DatasetIndex.open(path if _is_address(path) else Path(path))
+    index = DatasetIndex.open(
+        path if _is_address(path) else Path(path),
+        cache=places.cache,
+        cache_bytes=round(places.cache_gib * 2**30),
+        verify=cast(Literal["none", "crc", "full"], places.verify),
+        timeout=places.timeout,
+    )
     if index.text_dim != text_dim:
         raise RunError(
             f"dataset {path} has text embeddings of width {index.text_dim}, the model reads {text_dim}; "
@@ -143,7 +174,7 @@ def open_data(config: DataConfig, text_dim: int) -> list[Part]:
     """
     datasets = config.datasets or [DatasetConfig(path=str(config.path))]
     stages = [SegmentConfig(0, datasets), *config.segments]
-    parts = [_open_part(stage, text_dim) for stage in stages]
+    parts = [_open_part(stage, text_dim, config.places) for stage in stages]
     if parts[-1].error is not None:
         raise parts[-1].error
     return parts
@@ -239,13 +270,13 @@ def plan(parts: list[Part], state: DataState, config: DataConfig, seed: int) -> 
     return segments
 
 
-def _open_part(stage: SegmentConfig, text_dim: int) -> Part:
+def _open_part(stage: SegmentConfig, text_dim: int, places: PlacesConfig) -> Part:
     stated: list[dict[str, Any]] = []
     try:
         rules = [_rule(dataset) for dataset in stage.datasets]
         stated = _stated(stage.datasets, rules)
         selections = [
-            Selection(open_dataset(dataset.path, text_dim), rule)
+            Selection(open_dataset(dataset.path, text_dim, places), rule)
             for dataset, rule in zip(stage.datasets, rules, strict=True)
         ]
         return Part(stage.first_step, Mixture(selections, [d.weight for d in stage.datasets]), None, stated)

@@ -85,7 +85,7 @@ def _train(
             monitor.say(f"resumed from {found} at step {state.step}")
         validator = None
         if config.data.valid_path is not None:
-            valid = open_dataset(config.data.valid_path, config.model.video.text_dim)
+            valid = open_dataset(config.data.valid_path, config.model.video.text_dim, config.data.places)
             validator = Validator(valid, config.validation, objective, layout, config.model.text_length)
             if state.step == 0:
                 monitor.validation(0, validator.run(model))
