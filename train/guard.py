@@ -104,3 +104,10 @@ def on_first_rank(action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise RunError(str(outcome[1]))
     return outcome[0]  # type: ignore[return-value]
+
+
+def gather(mine: list[T]) -> list[T]:
+    """The lists of all ranks, one after the other, on every rank."""
+    found: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, mine)
+    return [item for items in found for item in items]

@@ -17,13 +17,13 @@ from train.config import TrainConfig
 from train.engine import build_engine
 from train.errors import RankError
 from train.feed import describe_data, open_data, open_dataset, open_stream, start_state
-from train.guard import StepSignals, StepSums, StopRequest, on_first_rank
+from train.guard import StepSignals, StepSums, StopRequest, gather, on_first_rank
 from train.mesh import Layout
 from train.monitor import Monitor, cut_metrics
 from train.objective import Objective
 from train.optim import lr_factor
 from train.run_dir import RunDir
-from train.step import forward_backward
+from train.step import StepLosses, forward_backward
 from train.validate import Validator
 
 logger = logging.getLogger(__name__)
@@ -94,16 +94,20 @@ def _train(
 
         signals = StepSignals()
         details: dict[str, float | str] = {}  # of the step whose sums are under way
+        losses: StepLosses | None = None  # likewise
         begin = time.perf_counter()
 
         def collect() -> StepSums | None:
             """Read the last step's sums, write its metrics."""
             sums = signals.collect()
-            if sums is not None:
+            if sums is not None and losses is not None:
                 if not sums.finite:
                     monitor.say(f"step {sums.step}: loss or gradient is not finite; its update was suppressed")
-                losses = {"loss": sums.loss, "loss_video": sums.loss_video, "loss_audio": sums.loss_audio}
-                monitor.step(sums.step, {**losses, "grad_norm": sums.grad_norm, **details})
+                    for key in sorted(set(gather(losses.damaged()))):
+                        monitor.say(f"  sample {key} holds NaN or inf; it has weight 0 from now on")
+                        stream.report_damage(key, "NaN or inf on the device", sums.step)
+                found = {"loss": sums.loss, "loss_video": sums.loss_video, "loss_audio": sums.loss_audio}
+                monitor.step(sums.step, {**found, "grad_norm": sums.grad_norm, **details})
             return sums
 
         stopping = False
@@ -114,12 +118,13 @@ def _train(
             except DataError as error:
                 raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}") from error
             expert = objective.expert(step)
-            losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
+            now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
             factor = lr_factor(config.optim, step, config.steps)
             norm = engine.step(factor, expert)
 
             earlier = collect()
             stopping = earlier is not None and earlier.stop
+            losses = now_losses
             signals.post(step, losses.share, losses.video, losses.audio, norm, stop.requested())
             state.step = step + 1
             now = time.perf_counter()

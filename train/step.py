@@ -23,6 +23,13 @@ class StepLosses:
     share: Tensor  # scalar, the share of the loss
     video: Tensor  # [2]: weighted sum of per-sample MSE, sum of weights
     audio: Tensor  # [2]
+    inputs: list[tuple[list[str], Tensor]]  # keys of each micro-batch, and [B] whether the sample's latents are finite
+
+    def damaged(self) -> list[str]:
+        """Keys of samples whose latents are not finite. Waits for the device: ask only after a non-finite step."""
+        return [
+            key for keys, finite in self.inputs for key, good in zip(keys, finite.tolist(), strict=True) if not good
+        ]
 
 
 def forward_backward(
@@ -40,16 +47,23 @@ def forward_backward(
     """
     backward = backward or partial(backward_sharded, model)
     share = torch.zeros((), device=layout.device)
+    inputs: list[tuple[list[str], Tensor]] = []
     sums = torch.zeros(2, 2, dtype=torch.float64, device=layout.device)
     for i, prepared in enumerate(micro_batches):
         batch, draws = prepared.batch.to(layout.device), prepared.draws.to(layout.device)
+        inputs.append((batch.keys, _finite(batch.video) & _finite(batch.audio) & _finite(batch.condition)))
         parts = loss_share(model, batch, draws, objective, expert, layout.sequence.size)
         backward(parts.share * layout.world, i == len(micro_batches) - 1)
         share = share + parts.share.detach()
         for row, mse, present in ((0, parts.video, batch.video_weight), (1, parts.audio, batch.audio_weight)):
             weight = batch.weight * present
             sums[row] += torch.stack([(weight * mse).sum(), weight.sum() / layout.sequence.size])
-    return StepLosses(share, sums[0], sums[1])
+    return StepLosses(share, sums[0], sums[1], inputs)
+
+
+def _finite(latents: Tensor) -> Tensor:
+    """[B, ...] -> [B]: whether a sample holds neither NaN nor inf."""
+    return torch.isfinite(latents).flatten(1).all(1)
 
 
 def backward_sharded(model: nn.Module, loss: Tensor, last: bool) -> None:

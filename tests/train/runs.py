@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_module
 
 from data.errors import DataError
@@ -25,9 +26,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-def train(root: Path, data: Path, run_id: str, *overrides: str, kill_after: int | None = None) -> dict:
+def train(
+    root: Path, data: Path, run_id: str, *overrides: str, kill_after: int | None = None, poison: int | None = None
+) -> dict:
     """One run; returns how it ended, or the one message that it ended with. `kill_after`: SIGTERM to this rank's own
-    process when that many steps are done."""
+    process when that many steps are done; `poison`: a NaN in a latent of rank 1 in that step."""
     register()
     arguments = [*SMALL, f"run.root={root}", f"run.id={run_id}", f"data.path={data}", *overrides]
     restore = loop.forward_backward
@@ -38,6 +41,8 @@ def train(root: Path, data: Path, run_id: str, *overrides: str, kill_after: int 
         done += 1
         if done == kill_after:
             os.kill(os.getpid(), signal.SIGTERM)
+        if done == poison and dist.get_rank() == 1:
+            args[1][0].batch.video[0, 0, 0, 0, 0] = float("nan")
         return restore(*args, **kwargs)
 
     loop.forward_backward = counted  # type: ignore[assignment]

@@ -46,6 +46,7 @@ def finished(place):
             "unbroken": (runs.train, (place, data, "unbroken", "steps=8", valid)),
             "stopped": (with_kill, (4, place, data, "broken", "steps=8", valid)),
             "resumed": (runs.train, (place, data, "broken", "steps=8", valid)),
+            "poisoned": (poisoned, (place, data, "poisoned", "steps=6", "data.micro_batch=2")),
             "extended": (runs.train, (place, data, "broken", "steps=9", "checkpoint.keep=1", valid)),
         },
     )
@@ -67,6 +68,20 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(place, finish
     assert [x["step"] for x in valid] == [0, 3, 6, 8]
     assert broken_valid[:-1] == valid
     assert status(place, "broken")["state"] == "finished"
+
+
+def poisoned(*arguments):
+    return runs.train(*arguments, poison=2)
+
+
+def test_a_nan_seen_on_the_device_names_its_sample_on_all_ranks_and_the_run_goes_on(place, finished):
+    assert [r["ending"] for r in finished["poisoned"]] == ["finished"] * 2
+    training, _ = metrics(place, "poisoned")
+    assert [x["step"] for x in training if x["grad_norm"] is None] == [1]  # its update was suppressed, the others not
+    state = json.loads((place / "poisoned" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    (entry,) = state["data"]["quarantine"]
+    assert entry["step"] == 1 and entry["reason"] == "NaN or inf on the device"
+    assert f"sample {entry['key']} holds NaN or inf" in finished["poisoned"][0]["said"]
 
 
 def test_old_checkpoints_go_only_after_newer_ones_came(place, finished):
