@@ -47,6 +47,7 @@ def finished(place):
             "stopped": (with_kill, (4, place, data, "broken", "steps=8", valid)),
             "resumed": (runs.train, (place, data, "broken", "steps=8", valid)),
             "poisoned": (poisoned, (place, data, "poisoned", "steps=6", "data.micro_batch=2")),
+            "sequence": (runs.train, (place, data, "sequence", "steps=8", valid, "parallel.ulysses=2")),
             "extended": (runs.train, (place, data, "broken", "steps=9", "checkpoint.keep=1", valid)),
         },
     )
@@ -68,6 +69,17 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(place, finish
     assert [x["step"] for x in valid] == [0, 3, 6, 8]
     assert broken_valid[:-1] == valid
     assert status(place, "broken")["state"] == "finished"
+
+
+def test_two_ranks_that_share_each_sample_follow_the_same_curve(place, finished):
+    """Sequence parallelism through the whole trainer: one reads for both, both have one noise, the losses add up."""
+    assert [r["ending"] for r in finished["sequence"]] == ["finished"] * 2
+    for found, expected in zip(metrics(place, "sequence"), metrics(place, "unbroken"), strict=True):
+        assert found[0].keys() == expected[0].keys() and len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            for key in a.keys() & {"loss", "loss_video", "loss_audio", "valid/loss", "valid/video", "valid/audio"}:
+                assert a[key] == (None if b[key] is None else pytest.approx(b[key], rel=2e-3)), (a["step"], key)
+        assert found[0].get("loss", 1.0) == pytest.approx(expected[0].get("loss", 1.0), rel=1e-6)
 
 
 def poisoned(*arguments):
