@@ -17,7 +17,7 @@ help:
 	@echo "                              resumed, losses drawn; 4 minutes on 2 cores; everything lies in quickstart/"
 	@echo "make quickstart CLIPS=folder  the same with your own video files"
 	@echo "make clean-quickstart         delete quickstart/"
-	@echo "make test                     all tests, on the CPU, with real collectives between processes; 10 minutes"
+	@echo "make test                     all tests, on the CPU, with real collectives between processes; 6 to 10 minutes"
 	@echo "make lint                     ruff and mypy over all packages; 1 minute"
 	@echo "make format                   let ruff repair the formatting"
 	@echo "make environment              only make .venv (3 to 10 minutes, 6 GB; the others do it where it is missing)"
@@ -47,7 +47,7 @@ clean-quickstart:
 	rm -rf quickstart
 
 test: $(READY)
-	@echo "== tests, on the CPU (10 minutes)"
+	@echo "== tests, on the CPU (6 to 10 minutes)"
 	@$(BIN)/python -m pytest
 
 lint: $(READY)
