@@ -16,9 +16,6 @@ it will be ended from outside (seconds since the epoch; the run saves and stops 
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-
 from data.errors import DataError, ReadError
 
 EXIT_OK = 0
@@ -44,6 +41,8 @@ class RankError(RunError):
 
 def exit_status(error: BaseException) -> int:
     """The exit status of a process that ends with this error."""
+    import torch  # here and below: programs that only name these errors start without it
+
     if isinstance(error, RunError):
         return EXIT_RETRY if error.retry else EXIT_FAILED
     if isinstance(error, DataError):
@@ -57,5 +56,7 @@ def lost_peer(error: BaseException) -> bool:
     """Whether this error only says that a collective failed: the cause lies with another rank, or on the way to it."""
     if isinstance(error, RunError | DataError) or not isinstance(error, RuntimeError):
         return False
+    import torch.distributed as dist
+
     words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "timed out waiting", "store")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
