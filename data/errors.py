@@ -5,6 +5,10 @@ class DataError(Exception):
     """Bad input or a bad dataset. The message names value, place and remedy; programs print it and exit with 1."""
 
 
+class ReadError(DataError):
+    """Reading failed again and again though nothing is known to be wrong with the data: another attempt may succeed."""
+
+
 class DamagedSample(DataError):
     """One stored sample whose bytes are verifiably wrong (empty, checksum, parse, shape, NaN or inf): skippable.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.clip import AUDIO_CHANNELS, VIDEO_CHANNELS, Bucket, EncodedClip
-from data.errors import DamagedSample, DataError
+from data.errors import DamagedSample, DataError, ReadError
 from data.places import CACHE_BYTES, Place, Remote, find_place
 from data.tensors import Entry, Source, buffer_of, is_finite, load_tensors, read_bytes, read_tensors
 
@@ -382,7 +382,7 @@ def retry(read: Callable[[], T], place: Place, name: str) -> T:
         except OSError as error:
             if wait is None:
                 remedy = "check the line and the store" if place.remote else "check the file system"
-                raise DataError(
+                raise ReadError(
                     f"{name} of {place} can't be read after {len(waits) + 1} attempts ({error}); {remedy}, then resume"
                 ) from error
             time.sleep(wait)

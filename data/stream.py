@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from data.batch import Batch, unfilled
-from data.errors import DamagedSample, DataError
+from data.errors import DamagedSample, DataError, ReadError
 from data.index import DatasetIndex
 from data.mixture import Mixture
 from data.order import Order
@@ -292,7 +292,7 @@ class Stream(Generic[T]):
             try:
                 read = self._read(step)
             except Exception as error:
-                self._pass_on(step, {"error": str(error)}, [])
+                self._pass_on(step, {"error": str(error), "passing": isinstance(error, ReadError)}, [])
                 raise
             note = {"damaged": read.damaged, "seen": read.seen, "excluded": sorted(read.excluded)}
             self._pass_on(step, note, read.batches)
@@ -320,7 +320,7 @@ class Stream(Generic[T]):
         if note["step"] != step:
             raise DataError(f"step {note['step']} was received for step {step}: the group's ranks stand apart")
         if "error" in note:
-            raise DataError(note["error"])
+            raise (ReadError if note["passing"] else DataError)(note["error"])
         return _Read(step, batches, note["damaged"], note["seen"], frozenset(note["excluded"]))
 
     def _data(self, step: int) -> _Data:

@@ -6,8 +6,10 @@ for the device). A stop request that reached any rank in step k is acted on by a
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +20,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.errors import RunError
+from train.errors import EXIT_RETRY, RunError, exit_status
 
 T = TypeVar("T")
 
 
 class StopRequest:
-    """Remembers that this rank was asked to stop: by SIGTERM, SIGINT, SIGUSR2, or the run's stop file (first rank)."""
+    """Remembers that this rank was asked to stop: by SIGTERM, SIGINT, SIGUSR2, the run's stop file (first rank), or a
+    time limit that comes near. Make it as early as possible: a signal before that ends the process, as usual.
 
-    def __init__(self, stop_file: Path) -> None:
+    `lead`: seconds before the time limit (MOVA_DEADLINE, see train/errors.py) at which the run must begin to stop.
+    """
+
+    def __init__(self) -> None:
+        self.lead = 0.0
         self._flag = threading.Event()
-        self._stop_file = stop_file if dist.get_rank() == 0 else None
+        self._stop_file: Path | None = None
+        self._started = float(os.environ.get("MOVA_STARTED", time.time()))
+        self._deadline = float(os.environ.get("MOVA_DEADLINE", "inf"))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._handle)
+
+    def watch(self, stop_file: Path) -> None:
+        """Obey this file too, if it is younger than the launch; take away an older one. One rank only."""
+        self._stop_file = stop_file
+        if stop_file.exists() and stop_file.stat().st_mtime < self._started:
+            stop_file.unlink()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._flag.set()
 
     def requested(self) -> bool:
         """Whether this rank knows of a request."""
-        return self._flag.is_set() or (self._stop_file is not None and self._stop_file.exists())
+        return (
+            self._flag.is_set()
+            or time.time() >= self._deadline - self.lead
+            or (self._stop_file is not None and self._stop_file.exists())
+        )
 
 
 @dataclass(frozen=True)
@@ -92,17 +111,18 @@ class StepSignals:
 
 def on_first_rank(action: Callable[[], T]) -> T:
     """Run an action on rank 0 and give its result to all ranks; its RunError is raised on all of them."""
-    outcome: list[object] = [None, None]
+    outcome: list[object] = [None, None, False]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except RunError as error:
-            outcome[1] = str(error)
+            outcome[1:] = str(error), error.retry
         except OSError as error:
-            outcome[1] = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
+            message = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
+            outcome[1:] = message, exit_status(error) == EXIT_RETRY
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise RunError(str(outcome[1]))
+        raise RunError(str(outcome[1]), retry=bool(outcome[2]))
     return outcome[0]  # type: ignore[return-value]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -9,13 +10,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from data.batch import Batch
-from data.errors import DataError
+from data.errors import DataError, ReadError
 from model.joint import JointConfig
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import TrainConfig
 from train.engine import build_engine
-from train.errors import RankError
+from train.errors import LINGER, RankError, exit_status, lost_peer
 from train.feed import describe_data, open_data, open_dataset, open_stream, start_state
 from train.guard import StepSignals, StepSums, StopRequest, gather, on_first_rank
 from train.mesh import Layout
@@ -29,11 +30,11 @@ from train.validate import Validator
 logger = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout) -> str:
+def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout, stop: StopRequest | None = None) -> str:
     """Train until `config.steps` or a stop request; start where the run directory's newest checkpoint ended.
 
-    `resolved`: the plain form of config, for the run directory. Returns "finished" or "stopped". Raises RunError and
-    DataError with one clear message; status.json says how the run ended.
+    `resolved`: the plain form of config, for the run directory; `stop`: made early by the program. Returns "finished"
+    or "stopped". Raises RunError and DataError with one clear message; status.json says how the run ended.
     """
     run_dir = RunDir.of(config.run.root, config.run.id)
     first = layout.first
@@ -43,13 +44,13 @@ def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout) -> str:
         nonlocal lock
         lock = run_dir.lock()
         run_dir.open(resolved)
+        run_dir.write_status("running")
 
     on_first_rank(enter)
     try:
-        ending, step = _train(config, resolved, layout, run_dir, first)
+        ending, step = _train(config, resolved, layout, run_dir, stop or StopRequest(), first)
     except BaseException as error:
-        if first:
-            run_dir.write_status("failed", error=str(error) or type(error).__name__)
+        _record_failure(error, run_dir, first)
         raise
     finally:
         if lock is not None:
@@ -60,9 +61,10 @@ def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout) -> str:
 
 
 def _train(
-    config: TrainConfig, resolved: dict[str, Any], layout: Layout, run_dir: RunDir, first: bool
+    config: TrainConfig, resolved: dict[str, Any], layout: Layout, run_dir: RunDir, stop: StopRequest, first: bool
 ) -> tuple[str, int]:
-    stop = StopRequest(run_dir.stop_file)
+    if first:
+        stop.watch(run_dir.stop_file)
     objective = Objective(config.objective, config.model.experts)
     data = open_data(config.data, config.model.video.text_dim)
     engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed)
@@ -74,7 +76,6 @@ def _train(
         checkpoint.load(state, found, resolved)
     on_first_rank(lambda: cut_metrics(run_dir, state.step))
     if first:
-        run_dir.stop_file.unlink(missing_ok=True)
         run_dir.write_status("running", step=state.step, layout=layout.describe())
 
     with ExitStack() as stack:
@@ -116,7 +117,8 @@ def _train(
             try:
                 micro_batches = next(stream)
             except DataError as error:
-                raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}") from error
+                retry = isinstance(error, ReadError)
+                raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}", retry) from error
             expert = objective.expert(step)
             now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
             factor = lr_factor(config.optim, step, config.steps)
@@ -152,6 +154,16 @@ def _train(
             return "finished", state.step
         monitor.say(f"stopped at step {state.step} of {config.steps}, as asked; the same command goes on from there")
         return "stopped", state.step
+
+
+def _record_failure(error: BaseException, run_dir: RunDir, first: bool) -> None:
+    """status.json says what ended the run: the cause, where a rank knows it, not that others then missed that rank."""
+    if lost_peer(error):
+        time.sleep(LINGER)
+        if json.loads(run_dir.status.read_text())["state"] == "failed":
+            return
+    if first or isinstance(error, RankError):
+        run_dir.write_status("failed", error=str(error) or type(error).__name__, exit_status=exit_status(error))
 
 
 def _due(every: int, step: int) -> bool:
