@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from model.joint import JointConfig, JointTransformer
@@ -18,6 +19,7 @@ from train.mesh import Layout, ParallelConfig
 from train.optim import MOMENTS, OptimConfig, ShardedOptimizer
 from train.parallelize import build_model
 from train.step import backward_sharded
+from train.workload import Workload
 from train.zero import ZeroEngine
 
 
@@ -48,25 +50,48 @@ class Engine(Protocol):
 
 
 def build_engine(
-    config: JointConfig, parallel: ParallelConfig, optim: OptimConfig, layout: Layout, seed: int
+    config: JointConfig,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    layout: Layout,
+    seed: int,
+    workload: Workload | None = None,
 ) -> Engine:
-    """The engine that `parallel.engine` names, with the model's starting weights. RunError when it cannot run here."""
+    """The engine that `parallel.engine` names, with the model's starting weights. RunError when it cannot run here.
+
+    `workload`: a rank's largest micro-batch, for recompute=budget.
+    """
     if parallel.engine == "fsdp2":
-        return ShardedEngine(build_model(config, parallel, layout, seed), optim, layout)
-    return ZeroEngine(config, parallel, optim, layout, seed)
+        model = build_model(config, parallel, layout, seed, workload)
+        return ShardedEngine(model, optim, layout, parallel.accumulate, parallel.optimizer_state == "host")
+    return ZeroEngine(config, parallel, optim, layout, seed, workload)
 
 
 class ShardedEngine:
     """FSDP2 with AdamW on the local shards. A checkpoint reads and writes the live storage."""
 
-    def __init__(self, model: JointTransformer, optim: OptimConfig, layout: Layout) -> None:
+    def __init__(
+        self,
+        model: JointTransformer,
+        optim: OptimConfig,
+        layout: Layout,
+        accumulate: str = "sharded",
+        state_on_host: bool = False,
+    ) -> None:
+        """`accumulate`, `state_on_host`: see ParallelConfig."""
         self.model = model
         self.size = sum(parameter.numel() for parameter in model.parameters())
-        self.optimizer = ShardedOptimizer(model, optim, layout.shard_group)
+        self.optimizer = ShardedOptimizer(model, optim, layout.shard_group, state_on_host)
+        self._accumulate = accumulate
+        self._state_mesh: DeviceMesh | None = None
+        if state_on_host:  # DTensor would move what lies on the host to the mesh's device
+            ranks = (layout.dp_replicate, layout.world // layout.dp_replicate)
+            mesh = init_device_mesh("cpu", ranks, mesh_dim_names=("dp_replicate", "fsdp"))
+            self._state_mesh = mesh if layout.dp_replicate > 1 else mesh["fsdp"]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See Engine."""
-        backward_sharded(self.model, loss, last)
+        backward_sharded(self.model, loss, last, self._accumulate)
 
     def step(self, factor: float, expert: str) -> Tensor:
         """See Engine. The idle expert has no gradient, which is all that the optimizer needs to know."""
@@ -76,13 +101,15 @@ class ShardedEngine:
 
     def tensors(self) -> dict[str, Tensor]:
         """See Engine."""
+        if self.optimizer.state_on_host and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # copies to the host may be under way
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.optimizer.parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
             moments = self.optimizer.adamw.state.get(self.optimizer.shards[name], {})
             for key in MOMENTS:
                 if key in moments:
-                    tensors[f"optim.{name}.{key}"] = _like(parameter, moments[key])
+                    tensors[f"optim.{name}.{key}"] = _like(parameter, moments[key], self._state_mesh)
         return tensors
 
     def update_counts(self) -> dict[str, int]:
@@ -96,19 +123,21 @@ class ShardedEngine:
         state.clear()
         for name, count in counts.items():
             shard = self.optimizer.shards[name]
-            state[shard] = {
-                "step": torch.tensor(float(count), dtype=torch.float32, device=shard.device),
-                **{key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS},
-            }
+            on_host = self.optimizer.state_on_host
+            state[shard] = {"step": torch.tensor(float(count), dtype=torch.float32, device=shard.device)}
+            for key in MOMENTS:
+                zeros = self.optimizer.host_moment(shard) if on_host else torch.zeros_like(shard, requires_grad=False)
+                state[shard][key] = zeros
         read(self.tensors())
 
 
-def _like(parameter: Tensor, shard: Tensor) -> Tensor:
+def _like(parameter: Tensor, shard: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """A moment's shard as a tensor split like its parameter, on `mesh` where it does not lie beside it."""
     if not isinstance(parameter, DTensor):
         return shard
     return DTensor.from_local(
         shard,
-        parameter.device_mesh,
+        mesh or parameter.device_mesh,
         parameter.placements,
         run_check=False,
         shape=parameter.shape,

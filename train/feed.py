@@ -8,6 +8,7 @@ thread. docs/data-order.md states what the order of samples depends on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,7 @@ from train.errors import RunError
 from train.mesh import Layout
 from train.noise import draw
 from train.objective import Draws, Objective
+from train.workload import Workload
 
 
 @dataclass
@@ -198,6 +200,21 @@ def describe_data(parts: list[Part]) -> str:
         named = " + ".join(f"{s.index.root}" + (f" ({float(w):.1%})" if w != 1 else "") for s, w in shares)
         lines.append(f"from step {part.first_step} {named}" if len(parts) > 1 else named)
     return "; ".join(lines)
+
+
+def largest_workload(parts: list[Part], config: DataConfig, layout: Layout) -> Workload:
+    """The workload of the bucket with the most video in any segment of the data, at this config's batch sizes."""
+    found: list[Workload] = []
+    for part in parts:
+        if part.mixture is None:
+            continue
+        buckets = part.mixture.buckets
+        for bucket, size in zip(buckets, config.sizes(buckets), strict=True):
+            slots = -(-size // layout.dp_world)  # clips of this rank in a step
+            clips = min(config.micro_batch, slots)
+            grid = (bucket.frames, bucket.height, bucket.width)
+            found.append(Workload(clips, grid, bucket.audio_steps, -(-slots // clips)))
+    return max(found, key=lambda w: (w.clips * math.prod(w.grid), w.micro_batches))
 
 
 def start_state(parts: list[Part], config: DataConfig, seed: int) -> DataState:

@@ -38,7 +38,8 @@ def forward_flops(config: JointConfig, grid: tuple[int, int, int], audio_steps: 
     tokens_v = math.prod(grid) // math.prod(video.patch_size)
     tokens_a = audio_steps // audio.patch_size[0]
     layers = len(interacting_layers(config.bridge.strategy, audio.num_layers))
-    bridge = _bridge(tokens_v, video.dim, tokens_a, audio.dim) + _bridge(tokens_a, audio.dim, tokens_v, video.dim)
+    bridge = sum(bridge_flops(tokens_v, video.dim, tokens_a, audio.dim))
+    bridge += sum(bridge_flops(tokens_a, audio.dim, tokens_v, video.dim))
     if config.bridge.pooled_adaln:
         frames = grid[0] // video.patch_size[0]
         bridge += 4 * tokens_v * video.dim**2 + 2 * (frames + 1) * video.dim**2 + 4 * tokens_v * video.dim
@@ -51,16 +52,21 @@ def forward_flops(config: JointConfig, grid: tuple[int, int, int], audio_steps: 
     )
 
 
+def block_flops(config: TowerConfig, tokens: int, keys: int, text: int) -> tuple[int, int]:
+    """(matrix products, attention) of one tower block's forward over `tokens` of the `keys` that a clip has."""
+    d = config.dim
+    products = 8 * tokens * d**2 + 4 * tokens * d**2 + 4 * text * d**2 + 4 * tokens * d * config.ffn_dim
+    return products, 4 * tokens * keys * d + 4 * tokens * text * d
+
+
+def bridge_flops(queries: int, dim: int, keys: int, kv_dim: int) -> tuple[int, int]:
+    """(matrix products, attention) of one Bridge direction's forward at one block."""
+    return 4 * queries * dim**2 + 4 * keys * kv_dim * dim, 4 * queries * keys * dim
+
+
 def _tower(config: TowerConfig, tokens: int, text: int) -> int:
     d, patch = config.dim, math.prod(config.patch_size)
-    self_attention = 8 * tokens * d**2 + 4 * tokens**2 * d
-    cross_attention = 4 * tokens * d**2 + 4 * text * d**2 + 4 * tokens * text * d
-    block = self_attention + cross_attention + 4 * tokens * d * config.ffn_dim
     stem = 2 * tokens * config.in_dim * patch * d + 2 * text * (config.text_dim * d + d**2)
     time = 2 * (config.freq_dim * d + d**2 + 6 * d**2)
-    return stem + time + config.num_layers * block + 2 * tokens * d * config.out_dim * patch
-
-
-def _bridge(queries: int, dim: int, keys: int, kv_dim: int) -> int:
-    """One direction at one block."""
-    return 4 * queries * dim**2 + 4 * keys * kv_dim * dim + 4 * queries * keys * dim
+    blocks = config.num_layers * sum(block_flops(config, tokens, tokens, text))
+    return stem + time + blocks + 2 * tokens * d * config.out_dim * patch

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from data.batch import Batch
@@ -15,9 +15,11 @@ from model.joint import JointConfig
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import TrainConfig
+from train.corruption import compare_replicas
+from train.counters import CollectiveCounter
 from train.engine import build_engine
 from train.errors import LINGER, RankError, exit_status, lost_peer
-from train.feed import describe_data, open_data, open_dataset, open_stream, start_state
+from train.feed import describe_data, largest_workload, open_data, open_dataset, open_stream, start_state
 from train.guard import StepSignals, StepSums, StopRequest, gather, on_first_rank
 from train.mesh import Layout
 from train.monitor import Monitor, cut_metrics
@@ -25,6 +27,7 @@ from train.objective import Objective
 from train.optim import lr_factor
 from train.run_dir import RunDir
 from train.step import StepLosses, forward_backward
+from train.traffic import layout_rows
 from train.validate import Validator
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,8 @@ def _train(
         stop.watch(run_dir.stop_file)
     objective = Objective(config.objective, config.model.experts)
     data = open_data(config.data, config.model.video.text_dim)
-    engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed)
+    workload = largest_workload(data, config.data, layout)
+    engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed, workload)
     model = engine.model
     state = TrainState(engine, start_state(data, config.data, config.seed))
 
@@ -82,6 +86,8 @@ def _train(
         monitor = Monitor(run_dir, config.monitor, resolved, config.steps, active=first)
         stack.callback(monitor.close)
         monitor.say(f"run {run_dir.root}: {layout.describe()}; {engine.size:,} parameters; data {describe_data(data)}")
+        for what, value in layout_rows(config.model, config.parallel, layout, workload):
+            monitor.say(f"  {what:<20}{value}")
         if found is not None:
             monitor.say(f"resumed from {found} at step {state.step}")
         validator = None
@@ -120,9 +126,11 @@ def _train(
                 retry = isinstance(error, ReadError)
                 raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}", retry) from error
             expert = objective.expert(step)
-            now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
             factor = lr_factor(config.optim, step, config.steps)
-            norm = engine.step(factor, expert)
+            counter = CollectiveCounter(layout) if _due(config.monitor.count_collectives, step + 1) else None
+            with counter or nullcontext():
+                now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
+                norm = engine.step(factor, expert)
 
             earlier = collect()
             stopping = earlier is not None and earlier.stop
@@ -138,6 +146,7 @@ def _train(
                 "tokens_per_s": tokens / (now - begin),
                 "step_time": now - begin,
                 "data_wait": stream.data_wait,
+                **(counter.metrics() if counter is not None else {}),
             }
             begin = now
 
@@ -146,8 +155,11 @@ def _train(
                 collect()
                 if validator is not None and not stopping:
                     monitor.validation(state.step, validator.run(model))
+            if _due(config.parallel.replica_check, state.step):
+                compare_replicas(engine, layout, state.step)
             if last or _due(config.checkpoint.every, state.step):
                 collect()
+                compare_replicas(engine, layout, state.step)
                 path = checkpoint.save(state, run_dir.checkpoints, resolved, layout.describe(), config.checkpoint.keep)
                 monitor.say(f"checkpoint {path}")
         if state.step == config.steps:

@@ -27,8 +27,13 @@ class ParallelConfig:
     ranks (dp_shard -1: all that are left). The `ring` x `ulysses` ranks of a sequence-parallel group share the tokens
     of each sample. `compute` is the dtype of weights and activations within a step; master weights, optimizer state and
     the reduction of gradients stay float32 (float64 when `compute` is float64). `attention`: a backend of
-    model.attention. `recompute`: activation checkpointing, see train/recompute.py. `compile`: a backend of
+    model.attention. `recompute`: activation checkpointing, see train/recompute.py; for "budget" `recompute_gib` is what
+    a rank may keep for backward. `compile`: a backend of
     torch.compile for each block ("inductor"; "aot_eager" to find out quickly whether it compiles), or "none".
+    `accumulate`: gradients of several micro-batches are summed "sharded" (reduced in each of them) or "unsharded"
+    (reduced in the last only: fewer bytes, but every rank holds a whole gradient; FSDP2 only).
+    `optimizer_state` lies on the "device" or on the "host" (FSDP2 only; see train/optim.py). `replica_check`: every so
+    many steps the replicas compare their weights and moments (0: never; see train/corruption.py).
     """
 
     engine: str = "fsdp2"
@@ -39,17 +44,33 @@ class ParallelConfig:
     compute: str = "float32"
     attention: str = "auto"
     recompute: str = "none"
+    recompute_gib: float | None = None
     compile: str = "none"
+    accumulate: str = "sharded"
+    optimizer_state: str = "device"
+    replica_check: int = 500
 
     def __post_init__(self) -> None:
-        choices = {"engine": ENGINES, "compute": tuple(DTYPES), "attention": BACKENDS, "recompute": KINDS}
+        choices = {
+            "engine": ENGINES, "compute": tuple(DTYPES), "attention": BACKENDS, "recompute": (*KINDS, "budget"),
+            "accumulate": ("sharded", "unsharded"), "optimizer_state": ("device", "host"),
+        }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"parallel.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         for name in ("dp_replicate", "ring", "ulysses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; a degree is 1 or more")
+        if (self.recompute == "budget") != (self.recompute_gib is not None):
+            raise ValueError(
+                f"parallel.recompute={self.recompute} and parallel.recompute_gib={self.recompute_gib}: a budget in GiB "
+                "belongs to recompute=budget, and to no other"
+            )
+        if self.replica_check < 0:
+            raise ValueError(f"parallel.replica_check is {self.replica_check}; give steps, or 0 for never")
         if self.engine != "fsdp2":
+            if self.optimizer_state == "host":
+                raise ValueError(f"parallel.optimizer_state=host needs fsdp2, not {self.engine}")
             if self.dp_replicate > 1:
                 raise ValueError(
                     f"parallel.dp_replicate={self.dp_replicate} needs fsdp2; {self.engine} has no replicas"
@@ -91,6 +112,12 @@ class Layout:
     def shard_group(self) -> dist.ProcessGroup:
         """The ranks among which each parameter is split."""
         return self.mesh["fsdp"].get_group()
+
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups in which this rank exchanges tensors, by mesh axis. "sequence" is ring x ulysses."""
+        groups = {"dp_replicate": self.mesh["dp_replicate"].get_group(), "fsdp": self.shard_group}
+        sequence = self.sequence
+        return groups | {"sequence": sequence.ranks, "ulysses": sequence.ulysses_group, "ring": sequence.ring_group}
 
     def describe(self) -> str:
         """One line for the log."""

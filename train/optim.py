@@ -7,6 +7,7 @@ what its shard needs. LR is a function of the step index only (invariant 8).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+VISIT = 2**26  # elements whose moments are on the device at a time when they lie on the host: 512 MiB
 
 
 @dataclass
@@ -75,9 +77,19 @@ def local(tensor: Tensor) -> Tensor:
 class ShardedOptimizer:
     """A torch optimizer over the local shards of a model's parameters, by name."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, shard_group: dist.ProcessGroup | None) -> None:
-        """`shard_group`: the ranks among which a parameter is split, over which the norm is summed (None: whole)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        shard_group: dist.ProcessGroup | None,
+        state_on_host: bool = False,
+    ) -> None:
+        """`shard_group`: the ranks among which a parameter is split, over which the norm is summed (None: whole).
+
+        `state_on_host`: the moments lie in (pinned) host memory and visit the device in a step, some at a time.
+        """
         self.config = config
+        self.state_on_host = state_on_host
         self.parameters = dict(model.named_parameters())
         self.shard_group = shard_group
         self.shards = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
@@ -125,5 +137,44 @@ class ShardedOptimizer:
         # The fused kernel's own switch: torch reads both attributes off the optimizer, as GradScaler sets them.
         adamw: Any = self.adamw
         adamw.found_inf, adamw.grad_scale = (~torch.isfinite(norm)).to(torch.float32), None
-        adamw.step()
+        if self.state_on_host:
+            self._step_from_host()
+        else:
+            adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+
+    def host_moment(self, shard: Tensor) -> Tensor:
+        """Zeros in host memory, pinned where that speeds up copies, for a moment of a shard."""
+        return torch.zeros(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
+
+    def _step_from_host(self) -> None:
+        """AdamW over the shards that have a gradient, with the moments of a few of them on the device at a time."""
+        groups = self.adamw.param_groups
+        state = self.adamw.state
+        try:
+            for group in groups:
+                for visit in _visits([shard for shard in group["params"] if shard.grad is not None]):
+                    waiting = {shard: dict(state[shard]) for shard in visit if shard in state}
+                    for shard, moments in waiting.items():
+                        for key in MOMENTS:
+                            state[shard][key] = moments[key].to(shard.device, copy=True, non_blocking=True)
+                    self.adamw.param_groups = [{**group, "params": visit}]
+                    self.adamw.step()
+                    for shard in visit:
+                        for key in MOMENTS:
+                            place = waiting[shard][key] if shard in waiting else self.host_moment(shard)
+                            state[shard][key] = place.copy_(state[shard][key], non_blocking=True)
+        finally:
+            self.adamw.param_groups = groups
+
+
+def _visits(shards: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The shards in runs of at most VISIT elements (of one shard where that has more)."""
+    visit: list[nn.Parameter] = []
+    for shard in shards:
+        if visit and sum(x.numel() for x in (*visit, shard)) > VISIT:
+            yield visit
+            visit = []
+        visit.append(shard)
+    if visit:
+        yield visit

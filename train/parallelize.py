@@ -6,46 +6,65 @@ DeepSpeed ZeRO (train/zero.py) takes FSDP2's place in that order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.init import initial_value
 from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
 from train.mesh import DTYPES, Layout, ParallelConfig
-from train.recompute import recompute_activations, units
+from train.recompute import choose_kinds, recompute_activations, units
 from train.sequence import shard_sequence
+from train.workload import Workload
 
 
-def build_model(config: JointConfig, parallel: ParallelConfig, layout: Layout, seed: int) -> JointTransformer:
-    """The FSDP2 model with its starting weights: built on the meta device, then filled shard by shard."""
+def build_model(
+    config: JointConfig, parallel: ParallelConfig, layout: Layout, seed: int, workload: Workload | None = None
+) -> JointTransformer:
+    """The FSDP2 model with its starting weights: built on the meta device, then filled shard by shard.
+
+    `workload`: a rank's largest micro-batch, for recompute=budget.
+    """
     with torch.device("meta"):
         model = JointTransformer(config)
     model.to(torch.float64 if parallel.compute == "float64" else torch.float32)  # master weights
-    place_model(model, parallel, layout)
+    place_model(model, parallel, layout, workload)
     model.to_empty(device=layout.device)
     fill_weights(model, lambda name, p: initial_value(name, tuple(p.shape), seed, config.video.num_layers))
     return model
 
 
-def place_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
+def place_model(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None = None
+) -> None:
     """All parallelism on a plain model, in place; its parameters become shards, whatever device they are on."""
-    prepare_model(model, parallel, layout)
+    prepare_model(model, parallel, layout, workload)
     shard_model(model, parallel, layout)
 
 
-def prepare_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
+def prepare_model(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None = None
+) -> None:
     """What comes before an engine shards the parameters, in place."""
     model.use_attention(parallel.attention)
     if layout.sequence.size > 1:
         shard_sequence(model, layout.sequence, parallel.attention)
-    recompute_activations(model, parallel.recompute)
+    recompute_activations(model, recompute_kinds(model, parallel, layout, workload))
     if parallel.compile != "none":
         for module in units(model):
             module.compile(backend=parallel.compile)
+
+
+def recompute_kinds(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None
+) -> list[str]:
+    """How each of the model's units is checkpointed under this layout."""
+    compute, ranks = DTYPES[parallel.compute], layout.sequence.size
+    return choose_kinds(model, parallel.recompute, parallel.recompute_gib, workload, ranks, compute)
 
 
 def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
@@ -78,6 +97,30 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
         for conditioner in conditioners.values():
             unit(conditioner)
     unit(model)  # the root: what is left is the Bridge's condition scale, where a config has one
+    model.register_forward_pre_hook(_prefetch_in_order, with_kwargs=True)
+
+
+def _prefetch_in_order(model: JointTransformer, _: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Let every unit gather the one that follows it in this forward.
+
+    Video blocks are large, Bridge directions and audio blocks between them small: a gather that begins a unit earlier
+    hides behind a video block. The order depends on the expert and on what is given, so it is set anew each time;
+    backward goes by the order that FSDP saw in forward.
+    """
+    tower, bridge = model.expert(inputs.get("expert", "high")), model.dual_tower_bridge
+    video, audio = inputs.get("video") is not None, inputs.get("audio") is not None
+    order: list[nn.Module] = []
+    for present, part in ((video, tower), (audio, model.audio_dit)):
+        order += [part.patch_embedding, part.time_embedding] if present else []
+    for i in range(model.config.video.num_layers):
+        if video and audio and i in bridge.layers:
+            order += [bridge.audio_to_video_conditioners[str(i)], bridge.video_to_audio_conditioners[str(i)]]
+        order += [tower.blocks[i]] if video else []
+        order += [model.audio_dit.blocks[i]] if audio and i < model.config.audio.num_layers else []
+    order += ([tower.head] if video else []) + ([model.audio_dit.head] if audio else [])
+    for module, following in zip(order, [*order[1:], None], strict=True):
+        assert isinstance(module, FSDPModule)
+        module.set_modules_to_forward_prefetch([following] if following is not None else [])  # type: ignore[list-item]
 
 
 @torch.no_grad()

@@ -66,8 +66,13 @@ def _finite(latents: Tensor) -> Tensor:
     return torch.isfinite(latents).flatten(1).all(1)
 
 
-def backward_sharded(model: nn.Module, loss: Tensor, last: bool) -> None:
-    """Backward through an FSDP2 model, or a plain one. Gradients are reduced in the last micro-batch only."""
+def backward_sharded(model: nn.Module, loss: Tensor, last: bool, accumulate: str = "sharded") -> None:
+    """Backward through an FSDP2 model, or a plain one.
+
+    `accumulate` "sharded": the gradient of each micro-batch is reduced to the shards, over replicas once, in the last.
+    "unsharded": it is reduced in the last only, and a whole gradient lies on every rank until then.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or accumulate == "sharded")
+        model.set_requires_all_reduce(last)
     loss.backward()

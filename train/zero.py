@@ -30,6 +30,7 @@ from train.mesh import DTYPES, Layout, ParallelConfig
 from train.optim import MOMENTS, OptimConfig, group_of
 from train.parallelize import prepare_model
 from train.recompute import units
+from train.workload import Workload
 
 LARGEST_BUCKET = 500_000_000  # elements that are reduced at a time: DeepSpeed's own default
 
@@ -54,14 +55,20 @@ class ZeroEngine:
     """One stage of ZeRO over a model; implements train.engine.Engine."""
 
     def __init__(
-        self, config: JointConfig, parallel: ParallelConfig, optim: OptimConfig, layout: Layout, seed: int
+        self,
+        config: JointConfig,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        layout: Layout,
+        seed: int,
+        workload: Workload | None = None,
     ) -> None:
         """Builds the model with its starting weights. RunError when DeepSpeed is not there."""
         deepspeed = _start_deepspeed(layout.device)
         self._stage = int(parallel.engine.removeprefix("zero"))
         with torch.device("meta"):
             network = JointTransformer(config)
-        prepare_model(network, parallel, layout)
+        prepare_model(network, parallel, layout, workload)
         network.to(DTYPES[parallel.compute])
         self.size = sum(parameter.numel() for parameter in network.parameters())
         settings = _settings(self._stage, parallel, optim, self.size)
