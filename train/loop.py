@@ -25,6 +25,7 @@ from train.mesh import Layout
 from train.monitor import Monitor, cut_metrics
 from train.objective import Objective
 from train.optim import lr_factor
+from train.parallelize import compiled_graphs
 from train.run_dir import RunDir
 from train.step import StepLosses, forward_backward
 from train.traffic import layout_rows
@@ -148,6 +149,8 @@ def _train(
                 "data_wait": stream.data_wait,
                 **(counter.metrics() if counter is not None else {}),
             }
+            if config.parallel.compile != "none":
+                details["compiled_graphs"] = compiled_graphs()
             begin = now
 
             last = state.step == config.steps or stopping

@@ -49,12 +49,12 @@ class LiveMemory(TorchDispatchMode):
             memory._resize(storage, size)
             memory._set(id(storage), size)
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[assignment,method-assign]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*exception)
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:

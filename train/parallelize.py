@@ -59,6 +59,13 @@ def prepare_model(
             module.compile(backend=parallel.compile)
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process. One that grows in mid-run means shapes that keep changing."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def recompute_kinds(
     model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None
 ) -> list[str]:
