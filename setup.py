@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"conf": ["**/*.yaml"]},
+    package_data={"conf": ["**/*.yaml"], "launch": ["*.template"]},
     install_requires=[
         "torch>=2.11.0",
         "torchaudio>=2.11.0",

@@ -1,4 +1,4 @@
-"""The config of a launch: the training config, composed and checked as `python -m train` will, and the cluster's.
+"""The config of a launch: the training config, composed and checked as `python -m train` will, and the launcher's own.
 
 Everything that can be known before a process starts is checked here, so that a mistyped key costs a second and not a
 place in a queue.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -17,27 +18,72 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
+from launch.cluster import ClusterConfig
 from launch.local import LocalConfig
+from launch.slurm import SlurmConfig
 from train.config import TrainConfig, register, to_dataclass
 from train.errors import RunError
 from train.feed import close_data, open_data, open_dataset
 from train.mesh import check_degrees
 from train.run_dir import RunDir
 
+OWN = ("cluster", "launch", "job", "phases")
+JOBS = ("train", "prepare")
+
+
+@dataclass
+class SubmitConfig:
+    """`dry_run`: print the script and do nothing; `test_only`: ask SLURM when and where it would run.
+
+    Of job=prepare: `units` (parts of the work, each a task of an array; 0: one for 32 files), `at_once` (most of them
+    that run together; 0: all that find room).
+    """
+
+    dry_run: bool = False
+    test_only: bool = False
+    units: int = 0
+    at_once: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.test_only:
+            raise ValueError("launch.dry_run and launch.test_only are both true: choose one")
+        for name in ("units", "at_once"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"launch.{name} is {getattr(self, name)}; give 0 or more")
+
+
+@dataclass
+class PhaseConfig:
+    """One phase: its run is `<run.id>-<name>`. `train`: overrides of conf/train.yaml; `cluster`: of the cluster."""
+
+    name: str = MISSING
+    train: list[str] = field(default_factory=list)
+    cluster: list[str] = field(default_factory=list)
+
 
 @dataclass
 class LaunchConfig:
-    """conf/launch.yaml: where the run's processes live."""
+    """conf/launch.yaml. `job`: "train", or "prepare" for data.prepare; `phases`: runs that follow each other, each from
+    the last one's weights (empty: one run)."""
 
-    cluster: LocalConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    launch: SubmitConfig = field(default_factory=SubmitConfig)
+    job: str = "train"
+    phases: list[PhaseConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.job not in JOBS:
+            raise ValueError(f"job {self.job!r} is not one of {', '.join(JOBS)}")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A checked launch. `overrides`: those of conf/train.yaml, as they were given."""
+    """A checked launch of one run. `overrides`: of conf/train.yaml, as they were given; `resolved`: `train`, plain."""
 
-    cluster: LocalConfig
+    cluster: ClusterConfig
+    submit: SubmitConfig
     train: TrainConfig
+    resolved: dict[str, Any]
     overrides: list[str]
 
     @property
@@ -46,38 +92,59 @@ class Launch:
         return RunDir.of(self.train.run.root, self.train.run.id)
 
 
-def compose_launch(arguments: Sequence[str]) -> Launch:
-    """The launch that these key=value arguments describe: `cluster` and `cluster.*` are the launch's, all others the
-    training run's. RunError for an unknown key, an impossible value, a missing dataset, or processes that the layout
-    does not fit."""
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the launcher's own, the others) of key=value arguments. RunError for what is no such argument."""
     for argument in arguments:
         if argument.startswith("-"):
             raise RunError(f"{argument} is no option; everything is given as key=value (python -m launch --help)")
-    mine = [argument for argument in arguments if argument.lstrip("+~").split("=")[0].split(".")[0] == "cluster"]
-    overrides = [argument for argument in arguments if argument not in mine]
-    ConfigStore.instance().store(name="launch_schema", node=LaunchConfig)
-    register()
-    cluster = _to_object(_compose("launch", mine)).cluster
-    config, _ = to_dataclass(_compose("train", overrides))
-    launch = Launch(cluster, config, overrides)
-    _check(launch)
+    mine = [argument for argument in arguments if _key(argument).split(".")[0] in OWN]
+    return mine, [argument for argument in arguments if argument not in mine]
+
+
+def compose_own(mine: list[str]) -> LaunchConfig:
+    """The launcher's own config. RunError for an unknown key or an impossible value."""
+    store = ConfigStore.instance()
+    store.store(name="launch_schema", node=LaunchConfig)
+    store.store(group="cluster", name="local_schema", node=LocalConfig)
+    store.store(group="cluster", name="slurm_schema", node=SlurmConfig)
+    try:
+        launch = OmegaConf.to_object(compose_plain("launch", mine))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RunError(str(error).splitlines()[0]) from None
+    assert isinstance(launch, LaunchConfig)
     return launch
 
 
-def _check(launch: Launch) -> None:
+def compose_launch(arguments: Sequence[str], new_data: bool = True) -> Launch:
+    """The launch of one run that these key=value arguments describe. RunError for an unknown key, an impossible value,
+    a missing dataset, processes that the layout does not fit, or a run that exists with another config.
+
+    new_data: whether the data must be there already.
+    """
+    mine, overrides = split(arguments)
+    own = compose_own(mine)
+    register()
+    config, resolved = to_dataclass(compose_plain("train", overrides))
+    launch = Launch(own.cluster, own.launch, config, resolved, overrides)
     launch.run_dir  # noqa: B018  refuses an id that is no plain name
-    check_degrees(launch.train.parallel, launch.cluster.world)
-    data = launch.train.data
+    check_degrees(config.parallel, own.cluster.world)
+    if new_data:
+        _check_data(config)
+    launch.run_dir.check(resolved)
+    return launch
+
+
+def _check_data(config: TrainConfig) -> None:
     try:
-        close_data(open_data(data, launch.train.model.video.text_dim))
-        if data.valid_path is not None:
-            open_dataset(data.valid_path, launch.train.model.video.text_dim, data.places).close()
+        close_data(open_data(config.data, config.model.video.text_dim))
+        if config.data.valid_path is not None:
+            open_dataset(config.data.valid_path, config.model.video.text_dim, config.data.places).close()
     except DataError as error:
         raise RunError(str(error)) from None
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
-    """RunError when an override does not fit, with the nearest keys that exist."""
+def compose_plain(name: str, overrides: list[str]) -> DictConfig:
+    """A config of conf/. RunError when an override does not fit, with the nearest keys that exist."""
     with initialize_config_module("conf", version_base=None):
         try:
             return compose(name, overrides)
@@ -87,10 +154,15 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
             cause = error.__cause__
             wrong = getattr(cause, "full_key", None)
             if isinstance(cause, OmegaConfBaseException) and wrong:
-                given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == wrong), wrong)
+                given = next((o for o in overrides if _key(o) == wrong), wrong)
                 message = f"{given}: {str(cause).splitlines()[0]}"
-                message += _nearest(wrong, compose(name))
+                groups = [override for override in overrides if _key(override) == "cluster"]
+                message += _nearest(wrong, compose(name, groups))
             raise RunError(message) from None
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0]
 
 
 def _nearest(wrong: str, config: DictConfig) -> str:
@@ -107,12 +179,3 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
         else:
             keys += _keys(config[key], f"{prefix}{key}.")
     return keys
-
-
-def _to_object(config: DictConfig) -> LaunchConfig:
-    try:
-        launch = OmegaConf.to_object(config)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RunError(str(error).splitlines()[0]) from None
-    assert isinstance(launch, LaunchConfig)
-    return launch

@@ -6,12 +6,23 @@ and write it.
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 LOOPBACK = "127.0.0.1"
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """A listening socket on this address alone; on all, where the address is not one of this machine's own (NAT)."""
+    try:
+        return socket.create_server((address, port))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return socket.create_server(("", port))
 
 
 class LoopbackRendezvous(RendezvousHandler):

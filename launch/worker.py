@@ -12,6 +12,8 @@ import runpy
 import signal
 import sys
 
+from launch.snapshot import check_runs_from
+
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -26,4 +28,5 @@ def follow_parent(parent: int) -> None:
 
 if __name__ == "__main__":
     follow_parent(int(os.environ.pop("LAUNCHER_PID")))
+    check_runs_from(os.environ["MOVA_CODE"])
     runpy.run_module("train", run_name="__main__", alter_sys=True)

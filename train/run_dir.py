@@ -1,6 +1,6 @@
 """Where everything of a run lies, and whether a config may go on in it.
 
-runs/<id>/  config.yaml  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  status.json
+runs/<id>/  config.yaml  code/  submit.sh  attempts.jsonl  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  status.json
 """
 
 from __future__ import annotations
@@ -66,6 +66,36 @@ class RunDir:
         """Create this file to ask the run to save and stop."""
         return self.root / "stop"
 
+    @property
+    def logs(self) -> Path:
+        """What the processes of the run print."""
+        return self.root / "logs"
+
+    def read_status(self) -> dict[str, Any]:
+        """What status.json says; {} when there is none."""
+        try:
+            return dict(json.loads(self.status.read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def committed_step(self) -> int:
+        """Step of the newest committed checkpoint, 0 when there is none."""
+        markers = self.checkpoints.glob("step-*/COMMITTED")
+        return max((int(marker.parent.name.removeprefix("step-")) for marker in markers), default=0)
+
+    def holder(self) -> str | None:
+        """The process that trains here now, as it calls itself; None when nobody does."""
+        try:
+            file = open(self.root / "lock")  # noqa: SIM115  closed below
+        except FileNotFoundError:
+            return None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "another process"
+        return None
+
     def lock(self) -> IO[str]:
         """Keep other processes out of this folder for as long as the returned file is open (or this process lives).
 
@@ -93,18 +123,21 @@ class RunDir:
 
         Raises RunError with the differing values side by side when keys differ that may not change.
         """
+        there = self.check(config)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+        return there
+
+    def check(self, config: dict[str, Any]) -> bool:
+        """As `open`, but nothing is written."""
         if not self.config.exists():
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
             return False
-        earlier = yaml.safe_load(self.config.read_text())
-        differing = config_differences(earlier, config)
+        differing = config_differences(yaml.safe_load(self.config.read_text()), config)
         if differing:
             raise RunError(
                 f"run {self.root.name!r} exists with another config; choose another run.id or undo:\n"
                 + "\n".join(f"  {line}" for line in differing)
             )
-        write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
         return True
 
     def write_status(self, state: str, **details: Any) -> None:

@@ -1,0 +1,264 @@
+"""Looks at every node of a job before training: disk, torch, devices, their speed, and whether the nodes reach each other.
+
+    srun --ntasks-per-node=1 python -m launch.preflight examine runs/try1 --job 12 --restart 0 ...   (on every node)
+    python -m launch.preflight judge runs/try1 --job 12 --restart 0 n1 n2 ...                         (once)
+
+Each node writes logs/preflight-<job>-<restart>/<node>.json. A node without a report, or with a problem of its own, is
+bad; it is added to `excluded_nodes` in the run's folder, which later jobs of the run avoid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from train.errors import EXIT_RETRY, RunError
+from train.run_dir import RunDir, write_atomically
+
+NO_BLAME = 4
+PROBE_BYTES = 1 << 20
+REDUCED = 1 << 24  # float32 numbers of the timed all-reduce: 64 MiB
+
+
+@dataclass
+class PreflightConfig:
+    """Checks of the nodes. `seconds`: after which a node that has not answered is bad; `free_gib`: free space in the run's
+    folder; `matmul_tflops`: least rate of every GPU in bfloat16 (of the CPU, float32, without GPUs); `bandwidth_gbs`:
+    least bandwidth of an all-reduce between the nodes, GB/s. 0: not measured. `most_excluded`: nodes of a run that may
+    be excluded.
+    """
+
+    enabled: bool = True
+    seconds: float = 300.0
+    free_gib: float = 1.0
+    matmul_tflops: float = 0.0
+    bandwidth_gbs: float = 0.0
+    most_excluded: int = 8
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise ValueError(f"cluster.preflight.seconds is {self.seconds}; give seconds above 0")
+        for name in ("free_gib", "matmul_tflops", "bandwidth_gbs", "most_excluded"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"cluster.preflight.{name} is {getattr(self, name)}; give 0 or more")
+
+    def arguments(self, gpus: int) -> list[str]:
+        """For `examine`."""
+        names = ("seconds", "free_gib", "matmul_tflops", "bandwidth_gbs")
+        return [f"--gpus={gpus}", *(f"--{name.replace('_', '-')}={getattr(self, name):g}" for name in names)]
+
+
+def reports(run: RunDir, job: str, restart: int) -> Path:
+    """Folder of the nodes' reports."""
+    return run.logs / f"preflight-{job}-{restart}"
+
+
+def examine(config: PreflightConfig, gpus: int, folder: Path) -> list[str]:
+    """Problems that this node has by itself, in words."""
+    problems = []
+    try:
+        probe = folder / f".probe-{os.environ.get('SLURMD_NODENAME', os.getpid())}"
+        with open(probe, "wb") as file:
+            file.write(os.urandom(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+        free = shutil.disk_usage(folder).free / 2**30
+        if free < config.free_gib:
+            problems.append(f"{folder} has {free:.1f} GiB free, less than cluster.preflight.free_gib={config.free_gib}")
+    except OSError as error:
+        problems.append(f"cannot write to {folder}: {error.strerror}")
+    try:
+        import torch
+    except Exception as error:
+        return [*problems, f"torch cannot be imported: {error}"]
+    if gpus and torch.cuda.device_count() != gpus:
+        return [*problems, f"{torch.cuda.device_count()} GPUs are there, cluster.gpus={gpus}"]
+    if config.matmul_tflops:
+        for device in [f"cuda:{number}" for number in range(gpus)] or ["cpu"]:
+            try:
+                rate = matmul_rate(device) / 1e12
+            except RuntimeError as error:
+                problems.append(f"{device} does not compute: {str(error).splitlines()[0]}")
+                continue
+            if rate < config.matmul_tflops:
+                problems.append(
+                    f"{device} multiplies at {rate:.3g} TFLOP/s, less than "
+                    f"cluster.preflight.matmul_tflops={config.matmul_tflops:g}"
+                )
+    return problems
+
+
+def matmul_rate(device: str) -> float:
+    """Best FLOP/s of a matrix product on a device, in bfloat16 on a GPU, in float32 on a CPU."""
+    import torch
+
+    on_gpu = device != "cpu"
+    size = 8192 if on_gpu else 512
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    best = float("inf")
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def reduce_together(config: PreflightConfig, healthy: bool, deadline: float) -> str:
+    """One all-reduce over all nodes. Returns "ok", or what was wrong; "skipped" when a node is bad by itself.
+
+    deadline: of time.monotonic().
+    """
+    import torch
+    import torch.distributed as dist
+
+    from launch.task import open_store, set_ranks
+
+    environment = dict(os.environ)
+    set_ranks(environment)
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    os.environ.update({name: value for name, value in environment.items() if name.endswith("_SOCKET_IFNAME")})
+
+    def left() -> timedelta:
+        return timedelta(seconds=max(1.0, deadline - time.monotonic()))
+
+    try:
+        held = open_store(address, port) if rank == 0 else None
+        store = dist.TCPStore(address, port, world, is_master=False, timeout=left())
+        store.set(f"node/{rank}", str(int(healthy)))
+        names = [f"node/{number}" for number in range(world)]
+        store.wait(names, left())
+        if any(store.get(name) != b"1" for name in names):
+            verdict = "skipped"
+        else:
+            device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("reduce", store), rank=rank,
+                world_size=world, timeout=left(),
+            )  # fmt: skip
+            verdict = _reduce(config, device, world)
+            dist.destroy_process_group()
+        store.set(f"left/{rank}", "1")
+        if rank == 0:
+            store.wait([f"left/{number}" for number in range(world)], left())
+        del held
+        return verdict
+    except (RuntimeError, RunError) as error:
+        return f"failed: {str(error).splitlines()[0]}"
+
+
+def _reduce(config: PreflightConfig, device: Any, world: int) -> str:
+    import torch
+    import torch.distributed as dist
+
+    ones = torch.ones(REDUCED if config.bandwidth_gbs else 1024, device=device)
+    dist.all_reduce(ones)
+    if ones[0].item() != world or ones[-1].item() != world:
+        return f"failed: {world} ones summed to {ones[0].item()}"
+    if not config.bandwidth_gbs or world == 1:
+        return "ok"
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        dist.all_reduce(ones)
+        ones[0].item()
+        best = min(best, time.perf_counter() - begin)
+    rate = 2 * (world - 1) / world * ones.numel() * 4 / best / 1e9
+    if rate < config.bandwidth_gbs:
+        return f"failed: {rate:.3g} GB/s, less than cluster.preflight.bandwidth_gbs={config.bandwidth_gbs:g}"
+    return "ok"
+
+
+def look(config: PreflightConfig, run: RunDir, job: str, restart: int, gpus: int) -> int:
+    """All checks of this node; writes its report. Returns the exit status."""
+    began = time.monotonic()
+    node = os.environ["SLURMD_NODENAME"]
+    folder = reports(run, job, restart)
+    report: dict[str, Any] = {"node": node, "problems": [], "together": "not reached"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report["problems"] = examine(config, gpus, folder)
+        _write(folder, report)
+        report["together"] = reduce_together(config, not report["problems"], began + 0.8 * config.seconds)
+        _write(folder, report)
+    except OSError as error:
+        report["problems"] = [*report["problems"], f"cannot write to {folder}: {error.strerror}"]
+    words = "; ".join(report["problems"]) or "no problem of its own"
+    print(f"node {node}: {words}; all nodes together: {report['together']} ({time.monotonic() - began:.1f} s)")
+    return int(bool(report["problems"]) or report["together"] != "ok")
+
+
+def judge(run: RunDir, job: str, restart: int, nodes: list[str], exclude: str, most: int) -> int:
+    """Which nodes are bad, after `look` failed on one of them. Adds them to `excluded_nodes`, prints all that a job
+    must avoid, and returns 0; or NO_BLAME when no node is to blame, with the reason in status.json."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        try:
+            found[node] = json.loads((reports(run, job, restart) / f"{node}.json").read_text())
+        except (OSError, ValueError):
+            found[node] = {"problems": ["it did not answer in time"], "together": ""}
+    bad = {node: "; ".join(report["problems"]) for node, report in found.items() if report["problems"]}
+    path = run.root / "excluded_nodes"
+    earlier = path.read_text().split() if path.exists() else []
+    reason = ""
+    if not bad:
+        reason = "; ".join(
+            f"{node}: {report['together']}" for node, report in found.items() if report["together"] != "ok"
+        )
+        reason = f"the nodes do not work together ({reason})"
+    elif len(bad) == len(nodes) > 1:
+        reason = f"all nodes fail, so none is to blame: {next(iter(bad.values()))}"
+    elif len(earlier) + len(bad) > most:
+        reason = f"{len(earlier)} nodes are excluded already (cluster.preflight.most_excluded={most}), and {bad} fail"
+    if reason:
+        print(f"preflight: {reason}", file=sys.stderr)
+        run.write_status("failed", error=f"preflight: {reason}", exit_status=EXIT_RETRY, step=run.committed_step())
+        return NO_BLAME
+    for node, problem in bad.items():
+        print(f"preflight: node {node} is excluded: {problem}", file=sys.stderr)
+    listed = [*earlier, *(node for node in bad if node not in earlier)]
+    write_atomically(path, "\n".join(listed) + "\n")
+    print(",".join(filter(None, [exclude, *listed])))
+    return 0
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    write_atomically(folder / f"{report['node']}.json", json.dumps(report) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m launch.preflight", description="Called by submit.sh.")
+    parser.add_argument("what", choices=("examine", "judge"))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("nodes", nargs="*")
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--restart", type=int, required=True)
+    parser.add_argument("--exclude", default="")
+    parser.add_argument("--most", type=int, default=0)
+    parser.add_argument("--gpus", type=int, default=0)
+    for name in ("seconds", "free-gib", "matmul-tflops", "bandwidth-gbs"):
+        parser.add_argument(f"--{name}", type=float, default=60.0 if name == "seconds" else 0.0)
+    given = parser.parse_intermixed_args(arguments)
+    run = RunDir(given.run)
+    if given.what == "judge":
+        return judge(run, given.job, given.restart, given.nodes, given.exclude, given.most)
+    config = PreflightConfig(True, given.seconds, given.free_gib, given.matmul_tflops, given.bandwidth_gbs)
+    return look(config, run, given.job, given.restart, given.gpus)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
