@@ -2,7 +2,7 @@
 
     python -m launch cluster.processes=2 run.id=try1 data.path=shards/train data.valid_path=shards/valid steps=200
     python -m launch cluster=slurm cluster.nodes=4 cluster.gpus=8 cluster.time=1-00:00:00 run.id=big data.path=...
-    python -m launch cluster=slurm ... launch.dry_run=true      # print the batch script; launch.test_only=true: ask SLURM
+    python -m launch cluster=slurm ... launch.dry_run=true      # print the script (launch.test_only=true: ask SLURM)
     python -m launch cluster=slurm phases=mova run.id=big ...   # three phases, each from the last one's weights
     python -m launch cluster=slurm job=prepare launch.units=64 source=raw output=shards     # data.prepare as an array
     python -m launch.status runs/try1

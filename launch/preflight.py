@@ -1,4 +1,4 @@
-"""Looks at every node of a job before training: disk, torch, devices, their speed, and whether the nodes reach each other.
+"""Looks at every node of a job before training: disk, torch, devices, their speed, and a small all-reduce of all nodes.
 
     srun --ntasks-per-node=1 python -m launch.preflight examine runs/try1 --job 12 --restart 0 ...   (on every node)
     python -m launch.preflight judge runs/try1 --job 12 --restart 0 n1 n2 ...                         (once)
@@ -30,9 +30,9 @@ REDUCED = 1 << 24  # float32 numbers of the timed all-reduce: 64 MiB
 
 @dataclass
 class PreflightConfig:
-    """Checks of the nodes. `seconds`: after which a node that has not answered is bad; `free_gib`: free space in the run's
-    folder; `matmul_tflops`: least rate of every GPU in bfloat16 (of the CPU, float32, without GPUs); `bandwidth_gbs`:
-    least bandwidth of an all-reduce between the nodes, GB/s. 0: not measured. `most_excluded`: nodes of a run that may
+    """Checks of the nodes. `seconds`: after which a node that has not answered is bad; `free_gib`: free space in the
+    run's folder; `matmul_tflops`: least rate of every GPU in bfloat16 (of the CPU, float32, without GPUs);
+    `bandwidth_gbs`: least bandwidth of an all-reduce between the nodes, GB/s. 0: not measured. `most_excluded`: nodes of a run that may
     be excluded.
     """
 

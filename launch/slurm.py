@@ -35,8 +35,8 @@ class SlurmConfig(ClusterConfig):
 
     `nodes`, and on each `gpus` (of `gpu_type`; asked for as "gres" or "gpus-per-node") and `processes` (0: one a GPU);
     `cpus` of each process; `memory` of each node and `time` as sbatch takes them ("500G", "2-00:00:00").
-    `options`: more #SBATCH lines ("--comment=x"); `srun`: more options of srun. `environment`: variables; `setup`: lines
-    of bash; `container`: a command before Python, with its arguments; `python`: the interpreter (null: this one).
+    `options`: more #SBATCH lines ("--comment=x"); `srun`: more options of srun. `environment`: variables; `setup`:
+    lines of bash; `container`: a command before Python, with its arguments; `python`: the interpreter (null: this one).
     `signal_lead`: seconds before the time limit at which the run is asked to save and stop.
     `requeue`: the job asks SLURM to start it again after preemption, the time limit, a lost node or a crash, at most
     `max_restarts` times, and not after `fruitless` attempts in a row that gained no step. `chain`: where requeueing is
@@ -104,7 +104,7 @@ class SlurmConfig(ClusterConfig):
 
 
 def seconds_of(limit: str) -> int | None:
-    """Seconds of a time limit as sbatch reads it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s), None when it is no such."""
+    """Seconds of a time limit as sbatch reads it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s); None for other words."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not match:
         return None

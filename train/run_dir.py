@@ -1,6 +1,7 @@
 """Where everything of a run lies, and whether a config may go on in it.
 
-runs/<id>/  config.yaml  code/  submit.sh  attempts.jsonl  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  status.json
+runs/<id>/  config.yaml  code/  submit.sh  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  status.json
+            attempts.jsonl (launch/attempts.py)
 """
 
 from __future__ import annotations

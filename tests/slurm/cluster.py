@@ -94,11 +94,11 @@ class Cluster:
             "SLURM_CONF": str(root / "etc" / "slurm.conf"),
         }
         self._configure()
-        self._process = subprocess.Popen(
-            ["unshare", "--fork", "--pid", "--kill-child=KILL", "--mount-proc", "bash", "-c", self._daemons()],
-            env={**self.environment, "PATH": _path()}, stdout=open(root / "log" / "out", "w"), stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        with open(root / "log" / "out", "w") as out:
+            self._process = subprocess.Popen(
+                ["unshare", "--fork", "--pid", "--kill-child=KILL", "--mount-proc", "bash", "-c", self._daemons()],
+                env={**self.environment, "PATH": _path()}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         self.wait_for(lambda: len(self.idle()) == NODES, 30, "the nodes are idle")
 
     def _configure(self) -> None:
