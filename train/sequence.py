@@ -12,6 +12,9 @@ is padded) and the whole audio.
 Gradients: the ranks' shares of the loss sum to the loss, and every collective here has its exact transpose as backward.
 A rank's audio tower then carries a part of the audio's gradient, and the sum over ranks that FSDP forms anyway is the
 whole. Nothing is scaled by the degree anywhere.
+
+torch.compile works around the cores here, not into them: what it makes of exchanges within an autograd function has
+wrong gradients (torch 2.11), and there is nothing to fuse.
 """
 
 from __future__ import annotations
@@ -104,6 +107,7 @@ class VideoCore:
     def __init__(self, shard: TokenShard, backend: str) -> None:
         self.shard, self.group, self.dense = shard, shard.group, DenseCore(backend)
 
+    @torch.compiler.disable  # see the module's last paragraph
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ulysses, ring = self.group.ulysses, self.group.ring
         rows = [self.shard.lengths[i * ulysses : (i + 1) * ulysses] for i in range(ring)]
@@ -129,6 +133,7 @@ class MergeCore:
     def __init__(self, group: SequenceGroup) -> None:
         self.group = group
 
+    @torch.compiler.disable  # see the module's last paragraph
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _Merge.apply(q, k, v, self.group.ranks)
 
@@ -139,6 +144,7 @@ class FrameMergeCore:
     def __init__(self, shard: TokenShard) -> None:
         self.shard = shard
 
+    @torch.compiler.disable  # see the module's last paragraph
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
         """q [1, 1, H, D], k and v [B, l, H, D] -> [B, frames, H, D]."""
         mine, size = self.shard.mine, sum(self.shard.lengths) // frames

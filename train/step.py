@@ -72,7 +72,16 @@ def backward_sharded(model: nn.Module, loss: Tensor, last: bool, accumulate: str
     `accumulate` "sharded": the gradient of each micro-batch is reduced to the shards, over replicas once, in the last.
     "unsharded": it is reduced in the last only, and a whole gradient lies on every rank until then.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or accumulate == "sharded")
-        model.set_requires_all_reduce(last)
+    for unit in model.modules() if isinstance(model, FSDPModule) else ():
+        if isinstance(unit, FSDPModule):
+            hold_back = accumulate == "unsharded" and not last and _was_gathered(unit)
+            unit.set_requires_gradient_sync(not hold_back, recurse=False)
+            unit.set_requires_all_reduce(last, recurse=False)
     loss.backward()
+
+
+def _was_gathered(unit: FSDPModule) -> bool:
+    """Whether this unit ever took part. An expert before its first step has no gradient to hold back, and torch 2.11
+    fails on it where gradients wait in another dtype than they come in (bfloat16)."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    return group is None or all(hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params)
