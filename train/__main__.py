@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import traceback
+from datetime import timedelta
 
 import hydra
 import torch
@@ -26,6 +27,8 @@ from train.errors import RankError, RunError, exit_status, lost_peer
 from train.guard import StopRequest
 from train.loop import run
 from train.mesh import make_layout, start_process_group
+from train.run_dir import RunDir
+from train.watchdog import record_nccl
 
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="train")
@@ -36,7 +39,8 @@ def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(message)s")
     try:
         typed, resolved = to_dataclass(config)
-        device = start_process_group()
+        record_nccl(RunDir.of(typed.run.root, typed.run.id))
+        device = start_process_group(timedelta(minutes=typed.guard.timeout_minutes))
         run(typed, resolved, make_layout(typed.parallel, device), stop)
         dist.destroy_process_group()
     except Exception as error:

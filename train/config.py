@@ -10,6 +10,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from model.joint import JointConfig
+from train.bad_steps import GuardConfig
 from train.checkpoint import CheckpointConfig
 from train.errors import RunError
 from train.feed import DataConfig
@@ -41,6 +42,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 

@@ -39,6 +39,9 @@ class Engine(Protocol):
         weights, moments and update counts stay as they were.
         """
 
+    def limit_norm(self, limit: float) -> None:
+        """Suppress the next updates whose norm is above `limit`, as those that are not finite. RunError if it can't."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its engine-neutral key, sharded ones as DTensors. All ranks call."""
 
@@ -98,6 +101,10 @@ class ShardedEngine:
         norm = self.optimizer.global_norm()
         self.optimizer.step(factor, norm)
         return norm
+
+    def limit_norm(self, limit: float) -> None:
+        """See Engine."""
+        self.optimizer.limit = limit
 
     def tensors(self) -> dict[str, Tensor]:
         """See Engine."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,14 @@ class StopRequest:
         )
 
 
+class Flags(NamedTuple):
+    """What one rank has to say at the end of a step; over all ranks: whether any of them said so."""
+
+    stop: bool = False  # asked to stop
+    save: bool = False  # the interval between checkpoints is over
+    save_failed: bool = False  # the save in flight came to nothing
+
+
 @dataclass(frozen=True)
 class StepSums:
     """What a step's vector says once all ranks have added theirs."""
@@ -68,7 +76,7 @@ class StepSums:
     loss_video: float  # mean squared error over the samples that have video (nan: none had)
     loss_audio: float
     grad_norm: float
-    stop: bool
+    flags: Flags
     finite: bool
 
 
@@ -78,12 +86,13 @@ class StepSignals:
     def __init__(self) -> None:
         self._pending: tuple[int, Tensor, dist.Work] | None = None
 
-    def post(self, step: int, loss: Tensor, video: Tensor, audio: Tensor, norm: Tensor, stop: bool) -> None:
+    def post(self, step: int, loss: Tensor, video: Tensor, audio: Tensor, norm: Tensor, flags: Flags) -> None:
         """Start summing. loss: this rank's share; video, audio [2]: (weighted sum of MSE, sum of weights); norm: the
         same on all ranks."""
         assert self._pending is None, "collect the last step's sums first"
         norm_share = norm / dist.get_world_size()
-        parts = [loss.view(1), video, audio, norm_share.view(1), torch.tensor([float(stop)], device=loss.device)]
+        said = torch.tensor([float(flag) for flag in flags], device=loss.device)
+        parts = [loss.view(1), video, audio, norm_share.view(1), said]
         vector = torch.cat([part.to(torch.float64) for part in parts])
         work = dist.all_reduce(vector, async_op=True)
         assert work is not None
@@ -96,7 +105,7 @@ class StepSignals:
         step, vector, work = self._pending
         self._pending = None
         work.wait()
-        loss, video, video_weight, audio, audio_weight, norm, stop = vector.tolist()
+        loss, video, video_weight, audio, audio_weight, norm, *said = vector.tolist()
         finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
         return StepSums(
             step,
@@ -104,7 +113,7 @@ class StepSignals:
             video / video_weight if video_weight else float("nan"),
             audio / audio_weight if audio_weight else float("nan"),
             norm,
-            stop > 0,
+            Flags(*(value > 0 for value in said)),
             finite,
         )
 

@@ -9,27 +9,34 @@ import time
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import torch.distributed as dist
+
 from data.batch import Batch
 from data.errors import DataError, ReadError
+from data.stream import Stream
 from model.joint import JointConfig
 from train import checkpoint
+from train.bad_steps import Finding, Judge
 from train.checkpoint import TrainState
 from train.config import TrainConfig
 from train.corruption import compare_replicas
 from train.counters import CollectiveCounter
 from train.engine import build_engine
-from train.errors import LINGER, RankError, exit_status, lost_peer
+from train.errors import LINGER, RankError, RunError, exit_status, lost_peer
 from train.feed import describe_data, largest_workload, open_data, open_dataset, open_stream, start_state
-from train.guard import StepSignals, StepSums, StopRequest, gather, on_first_rank
+from train.guard import Flags, StepSignals, StopRequest, gather, on_first_rank
+from train.lag import LagProbe, SlowRank
 from train.mesh import Layout
 from train.monitor import Monitor, cut_metrics
 from train.objective import Objective
 from train.optim import lr_factor
 from train.parallelize import compiled_graphs
 from train.run_dir import RunDir
+from train.saver import Saver
 from train.step import StepLosses, forward_backward
 from train.traffic import layout_rows
 from train.validate import Validator
+from train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +81,14 @@ def _train(
     workload = largest_workload(data, config.data, layout)
     engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed, workload)
     model = engine.model
+    if config.guard.skip_spikes:
+        engine.limit_norm(math.inf)
     state = TrainState(engine, start_state(data, config.data, config.seed))
 
-    found = on_first_rank(lambda: checkpoint.newest(run_dir.checkpoints))
+    found = checkpoint.newest(run_dir.checkpoints)
     if found is not None:
         checkpoint.load(state, found, resolved)
+    on_first_rank(lambda: checkpoint.clean(run_dir.checkpoints))
     on_first_rank(lambda: cut_metrics(run_dir, state.step))
     if first:
         run_dir.write_status("running", step=state.step, layout=layout.describe())
@@ -90,7 +100,12 @@ def _train(
         for what, value in layout_rows(config.model, config.parallel, layout, workload):
             monitor.say(f"  {what:<20}{value}")
         if found is not None:
-            monitor.say(f"resumed from {found} at step {state.step}")
+            monitor.event("resumed", state.step, f"resumed from {found} at step {state.step}", checkpoint=found.name)
+        watchdog = Watchdog(run_dir, config.guard, dist.get_rank())
+        stack.callback(watchdog.close)
+        saver = Saver(run_dir.checkpoints, config.checkpoint, resolved, layout.describe())
+        judge = Judge(config.guard, config.model.experts, state.history)
+        lag = LagProbe(layout.device, config.guard.lag_ratio)
         validator = None
         if config.data.valid_path is not None:
             valid = open_dataset(config.data.valid_path, config.model.video.text_dim, config.data.places)
@@ -103,24 +118,59 @@ def _train(
         signals = StepSignals()
         details: dict[str, float | str] = {}  # of the step whose sums are under way
         losses: StepLosses | None = None  # likewise
-        begin = time.perf_counter()
+        asked = Flags()  # what any rank said in the last step that was collected
+        rewinds = 0
 
-        def collect() -> StepSums | None:
-            """Read the last step's sums, write its metrics."""
+        def collect() -> None:
+            """Read the last step's sums, judge it, write its metrics."""
+            nonlocal asked
             sums = signals.collect()
-            if sums is not None and losses is not None:
-                if not sums.finite:
-                    monitor.say(f"step {sums.step}: loss or gradient is not finite; its update was suppressed")
-                    for key in sorted(set(gather(losses.damaged()))):
-                        monitor.say(f"  sample {key} holds NaN or inf; it has weight 0 from now on")
-                        stream.report_damage(key, "NaN or inf on the device", sums.step)
-                found = {"loss": sums.loss, "loss_video": sums.loss_video, "loss_audio": sums.loss_audio}
-                monitor.step(sums.step, {**found, "grad_norm": sums.grad_norm, **details})
-            return sums
+            if sums is None or losses is None:
+                return
+            asked = sums.flags
+            found = {"loss": sums.loss, "loss_video": sums.loss_video, "loss_audio": sums.loss_audio}
+            found["grad_norm"] = sums.grad_norm
+            finding = judge.look(sums, objective.expert(sums.step))
+            if finding.bad:
+                _report(finding, found, losses, stream, monitor)
+            monitor.step(sums.step, {**found, **details, **({"skipped": 1} if finding.skipped else {})})
 
-        stopping = False
+        def save() -> None:
+            """Begin to save the state as it is; its metrics are complete before it is committed."""
+            collect()
+            compare_replicas(engine, layout, state.step)
+            saver.begin(state, monitor.sync)
+
+        def rewind() -> None:
+            """Take the weights from before the bad steps, and go on after them. RunError where that is impossible."""
+            nonlocal rewinds
+            collect()
+            bad, rewinds = judge.in_a_row, rewinds + 1
+            saver.settle()
+            path = checkpoint.newest(run_dir.checkpoints, up_to=bad[0]) if config.guard.rewind else None
+            if path is None or rewinds > config.guard.max_rewinds:
+                if not config.guard.rewind:
+                    why = "guard.rewind=true goes back to the last checkpoint and passes over them"
+                elif path is None:
+                    why = "there is no checkpoint from before them to go back to"
+                else:
+                    why = f"the run went back {rewinds - 1} times already"
+                file = run_dir.root / "bad_steps.jsonl"
+                raise RunError(
+                    f"{len(bad)} steps in a row, {bad[0]} to {bad[-1]}, had no finite loss or gradient; the weights are "
+                    f"those before step {bad[0]}. Look at the samples in {file} and at the learning rate ({why})"
+                )
+            checkpoint.go_back(state, path)
+            judge.in_a_row = []
+            text = f"went back to the weights of {path} after {len(bad)} bad steps; goes on at step {state.step}"
+            monitor.event("went back", state.step, text, checkpoint=path.name, first=bad[0], last=bad[-1])
+            save()  # else a restart would meet the bad steps again
+
+        stopping = any(gather([stop.requested()]))
+        begin = time.perf_counter()
         while state.step < config.steps and not stopping:
             step = state.step
+            watchdog.beat(f"in step {step}")
             try:
                 micro_batches = next(stream)
             except DataError as error:
@@ -128,15 +178,18 @@ def _train(
                 raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}", retry) from error
             expert = objective.expert(step)
             factor = lr_factor(config.optim, step, config.steps)
+            if config.guard.skip_spikes:
+                engine.limit_norm(judge.limit(step, expert))
             counter = CollectiveCounter(layout) if _due(config.monitor.count_collectives, step + 1) else None
             with counter or nullcontext():
                 now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
                 norm = engine.step(factor, expert)
 
-            earlier = collect()
-            stopping = earlier is not None and earlier.stop
+            collect()
+            stopping, save_due = asked.stop, asked.save
             losses = now_losses
-            signals.post(step, losses.share, losses.video, losses.audio, norm, stop.requested())
+            flags = Flags(stop.requested(), first and saver.due_by_clock(), saver.failed())
+            signals.post(step, losses.share, losses.video, losses.audio, norm, flags)
             state.step = step + 1
             now = time.perf_counter()
             tokens = micro_batches[0].batch.total_weight * _tokens(micro_batches[0].batch, config.model)
@@ -151,24 +204,67 @@ def _train(
             }
             if config.parallel.compile != "none":
                 details["compiled_graphs"] = compiled_graphs()
+            lag.add(stream.data_wait, now - begin)
+            stop.lead = config.guard.stop_margin + 2 * saver.seconds + 5 * (now - begin)
             begin = now
 
             last = state.step == config.steps or stopping
             if last or _due(config.validation.every, state.step):
                 collect()
                 if validator is not None and not stopping:
+                    watchdog.beat(f"in the validation after step {step}")
                     monitor.validation(state.step, validator.run(model))
             if _due(config.parallel.replica_check, state.step):
                 compare_replicas(engine, layout, state.step)
-            if last or _due(config.checkpoint.every, state.step):
-                collect()
-                compare_replicas(engine, layout, state.step)
-                path = checkpoint.save(state, run_dir.checkpoints, resolved, layout.describe(), config.checkpoint.keep)
-                monitor.say(f"checkpoint {path}")
+            if _due(config.guard.lag_every, state.step):
+                details |= _report_lag(lag.compare(), state.step, monitor)
+            if asked.save_failed:
+                saver.settle()
+            if len(judge.in_a_row) >= config.guard.max_nonfinite:
+                rewind()
+            elif last or save_due or config.checkpoint.due(state.step):
+                watchdog.beat(f"in the checkpoint after step {step}")
+                save()
+            for event in saver.events():
+                monitor.event(event.kind, event.step, event.text, **event.details)
+        watchdog.beat("waiting for the last checkpoint")
+        saver.finish()
+        for event in saver.events():
+            monitor.event(event.kind, event.step, event.text, **event.details)
         if state.step == config.steps:
             return "finished", state.step
         monitor.say(f"stopped at step {state.step} of {config.steps}, as asked; the same command goes on from there")
         return "stopped", state.step
+
+
+def _report(finding: Finding, values: dict[str, float], losses: StepLosses, stream: Stream, monitor: Monitor) -> None:
+    """Name the samples of a bad step, in bad_steps.jsonl and to the user. All ranks call it for the same step."""
+    damaged = sorted(set(gather(losses.damaged()))) if not finding.finite else []
+    samples = sorted(set(gather([key for keys, _ in losses.inputs for key in keys])))
+    what = "skipped" if finding.skipped else "spike" if finding.finite else "not finite"
+    record = {"what": what, "spikes": finding.spikes, "samples": samples, "damaged": damaged}
+    monitor.bad_step(finding.step, {**values, **record})
+    if finding.finite:
+        shown = ", ".join(f"{name} {values[name]:.4g}" for name in finding.spikes)
+        ending = "; its update was suppressed" if finding.skipped else ""
+        monitor.event("spike", finding.step, f"step {finding.step}: far above what is usual: {shown}{ending}")
+        return
+    text = f"step {finding.step}: loss or gradient is not finite; its update was suppressed"
+    monitor.event("not finite", finding.step, text, damaged=damaged)
+    for key in damaged:
+        monitor.say(f"  sample {key} holds NaN or inf; it has weight 0 from now on")
+        stream.report_damage(key, "NaN or inf on the device", finding.step)
+
+
+def _report_lag(slow: list[SlowRank], step: int, monitor: Monitor) -> dict[str, float | str]:
+    """Tell of slow ranks; returns what belongs into the metrics."""
+    for rank in slow:
+        if rank.what == "compute":
+            text = f"rank {rank.rank} is slow: the probe takes {rank.ratio:.1f} times what it takes on the median rank"
+        else:
+            text = f"rank {rank.rank} waits {rank.seconds:.3f} s for data in each step"
+        monitor.event("slow rank", step, text, rank=rank.rank, what=rank.what, ratio=round(rank.ratio, 2))
+    return {"slow_ranks": ",".join(sorted({str(rank.rank) for rank in slow}))} if slow else {}
 
 
 def _record_failure(error: BaseException, run_dir: RunDir, first: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -146,8 +147,10 @@ def check_degrees(config: ParallelConfig, world: int) -> tuple[int, int, int, in
     return config.dp_replicate, shard, config.ring, config.ulysses
 
 
-def start_process_group() -> torch.device:
+def start_process_group(timeout: timedelta | None = None) -> torch.device:
     """Join the process group of torchrun, or be a group of one without it. Returns this rank's device.
+
+    `timeout`: after which a collective gives its peers up (default: torch's).
 
     One process alone uses an in-memory store: nothing listens on any address.
     """
@@ -158,7 +161,7 @@ def start_process_group() -> torch.device:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

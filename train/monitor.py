@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from train.lines import Lines
 from train.run_dir import RunDir, write_atomically
 
 WANDB_MODES = ("offline", "online", "disabled")
@@ -46,7 +47,9 @@ class Monitor:
         self._steps = steps
         self._seconds = config.progress_seconds
         self._last_line = 0.0
-        self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115  closed in close()
+        self._metrics = Lines(run.metrics)
+        self._events = Lines(run.root / "events.jsonl")
+        self._bad_steps = Lines(run.root / "bad_steps.jsonl")
         self._wandb = _start_wandb(run, config, resolved) if config.wandb != "disabled" else None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -62,7 +65,7 @@ class Monitor:
         """Metrics of step `step` (from 0): to the file, to W&B, to the display."""
         if not self.active:
             return
-        self._write({"step": step, **metrics})
+        self._metrics.append({"step": step, **metrics})
         if self._wandb is not None:
             self._wandb.log({f"train/{k}": v for k, v in metrics.items()}, step=step)
         text = (
@@ -84,10 +87,27 @@ class Monitor:
         """Validation losses of the model after `step` updates."""
         if not self.active:
             return
-        self._write({"step": step, **{f"valid/{k}": v for k, v in losses.items()}})
+        self._metrics.append({"step": step, **{f"valid/{k}": v for k, v in losses.items()}})
         if self._wandb is not None:
             self._wandb.log({f"valid/{k}": v for k, v in losses.items()}, step=step)
         self.say(f"after {step} steps: validation loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+
+    def event(self, kind: str, step: int, text: str, **details: Any) -> None:
+        """Something that happened beside the steps: said, and kept in events.jsonl with its time."""
+        if not self.active:
+            return
+        self._events.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, "step": step, **details})
+        self.say(text)
+
+    def bad_step(self, step: int, details: dict[str, Any]) -> None:
+        """A step that went wrong, with its samples, to bad_steps.jsonl. One that is done again is written again."""
+        if self.active:
+            self._bad_steps.append({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details})
+
+    def sync(self) -> None:
+        """The metrics are on the disk when it returns. OSError when they can't be."""
+        if self.active:
+            self._metrics.sync()
 
     def say(self, line: str) -> None:
         """A line for the user, beside the progress display."""
@@ -104,14 +124,10 @@ class Monitor:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        # A NaN loss is written as null: NaN is not JSON.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        for lines in (self._metrics, self._events, self._bad_steps):
+            lines.close()
 
 
 def cut_metrics(run: RunDir, step: int) -> None:

@@ -89,6 +89,7 @@ class ShardedOptimizer:
         `state_on_host`: the moments lie in (pinned) host memory and visit the device in a step, some at a time.
         """
         self.config = config
+        self.limit = math.inf  # see `step`
         self.state_on_host = state_on_host
         self.parameters = dict(model.named_parameters())
         self.shard_group = shard_group
@@ -121,7 +122,8 @@ class ShardedOptimizer:
     def step(self, factor: float, norm: Tensor) -> None:
         """Clip by the global `norm`, update at `factor` times each group's LR, and drop the gradients.
 
-        A gradient that is not finite suppresses the whole update on the device: weights, moments and step counts stay.
+        A gradient that is not finite, or above `limit`, suppresses the whole update on the device: weights, moments and
+        step counts stay.
         Parameters without a gradient (the idle expert) are not touched at all.
         """
         scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -136,7 +138,7 @@ class ShardedOptimizer:
             group["lr"] = rate * factor
         # The fused kernel's own switch: torch reads both attributes off the optimizer, as GradScaler sets them.
         adamw: Any = self.adamw
-        adamw.found_inf, adamw.grad_scale = (~torch.isfinite(norm)).to(torch.float32), None
+        adamw.found_inf, adamw.grad_scale = (~torch.isfinite(norm) | (norm > self.limit)).to(torch.float32), None
         if self.state_on_host:
             self._step_from_host()
         else:

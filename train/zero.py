@@ -112,6 +112,10 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float64, device=self._engine.device)
 
+    def limit_norm(self, limit: float) -> None:
+        """See Engine. DeepSpeed decides for itself what it does not apply."""
+        raise RunError("guard.skip_spikes needs parallel=fsdp2")
+
     def tensors(self) -> dict[str, Tensor]:
         """See Engine. Copies on the host, gathered one parameter at a time."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -20,7 +20,7 @@ from model.init import initial_value
 from model.joint import JointConfig, JointTransformer
 from model.tower import TowerConfig
 from train import checkpoint
-from train.checkpoint import TrainState
+from train.checkpoint import CheckpointConfig, TrainState
 from train.engine import ShardedEngine
 from train.feed import Prepared
 from train.mesh import Layout, ParallelConfig, make_layout
@@ -28,6 +28,7 @@ from train.noise import draw
 from train.objective import Draws, Objective, ObjectiveConfig
 from train.optim import OptimConfig, ShardedOptimizer, local
 from train.parallelize import build_model, fill_weights
+from train.saver import Saver
 from train.step import StepLosses, forward_backward
 
 TEXT, TEXT_DIM = 5, 8
@@ -323,7 +324,9 @@ def save_checkpoint(folder: Path, replicate: int) -> dict[str, torch.Tensor]:
     state.step = state.data.position = 3
     if dist.get_rank() == 1:  # only this rank met the damaged sample
         state.data.quarantine.append({"key": "bad", "shard": "av-000000.tar", "reason": "checksum", "step": 2})
-    checkpoint.save(state, folder, CONFIG, layout.describe(), keep=2)
+    saver = Saver(folder, CheckpointConfig(keep=2), CONFIG, layout.describe())
+    saver.begin(state)
+    saver.finish()
     return whole_state(state)
 
 

@@ -12,12 +12,13 @@ from model.joint import JointConfig
 from tests.train import cases
 from tests.train.cases import CONFIG, OBJECTIVE, OPTIM, global_batch, my_micro_batches, reference_model, tiny_config
 from train import checkpoint
-from train.checkpoint import TrainState
+from train.checkpoint import CheckpointConfig, TrainState
 from train.engine import Engine, build_engine
 from train.mesh import Layout, ParallelConfig, make_layout
 from train.objective import Objective
 from train.optim import OptimConfig
 from train.parallelize import fill_weights
+from train.saver import Saver
 from train.step import forward_backward
 
 # With a larger eps rounding in gradients that are as good as zero is not turned into steps of full size.
@@ -134,7 +135,9 @@ def round_trip(folder: Path, engines: list[str]) -> list[dict]:
         counts = engine.update_counts()
         norms = steps(engine, layout, range(state.step, state.step + 2 + (turn == 0)))
         state.step = state.data.position = state.step + 2 + (turn == 0)
-        checkpoint.save(state, folder, CONFIG, layout.describe(), keep=9)
+        saver = Saver(folder, CheckpointConfig(keep=9), CONFIG, layout.describe())
+        saver.begin(state)
+        saver.finish()
         results.append({"loaded": loaded, "saved": whole(engine), "counts": counts, "norms": norms})
     return results
 
