@@ -87,7 +87,7 @@ class ShardedEngine:
         self.optimizer = ShardedOptimizer(model, optim, layout.shard_group, state_on_host)
         self._accumulate = accumulate
         self._state_mesh: DeviceMesh | None = None
-        if state_on_host:  # DTensor would move what lies on the host to the mesh's device
+        if state_on_host and layout.device.type != "cpu":  # DTensor would move it to the mesh's device
             ranks = (layout.dp_replicate, layout.world // layout.dp_replicate)
             mesh = init_device_mesh("cpu", ranks, mesh_dim_names=("dp_replicate", "fsdp"))
             self._state_mesh = mesh if layout.dp_replicate > 1 else mesh["fsdp"]
