@@ -32,8 +32,8 @@ REDUCED = 1 << 24  # float32 numbers of the timed all-reduce: 64 MiB
 class PreflightConfig:
     """Checks of the nodes. `seconds`: after which a node that has not answered is bad; `free_gib`: free space in the
     run's folder; `matmul_tflops`: least rate of every GPU in bfloat16 (of the CPU, float32, without GPUs);
-    `bandwidth_gbs`: least bandwidth of an all-reduce between the nodes, GB/s. 0: not measured. `most_excluded`: nodes of a run that may
-    be excluded.
+    `bandwidth_gbs`: least bandwidth of an all-reduce between the nodes, GB/s. 0: not measured. `most_excluded`: nodes
+    of a run that may be excluded.
     """
 
     enabled: bool = True

@@ -1,5 +1,5 @@
-"""One task of a SLURM step as one rank: `srun python -m launch.task run.id=x` is `python -m train run.id=x` with torch's
-variables set from SLURM's.
+"""One task of a SLURM step as one rank: `srun python -m launch.task run.id=x` is `python -m train run.id=x` with the
+variables of torch set from SLURM's.
 
 Rank 0 holds the store in which the ranks meet. Within one node it listens on the loopback only; with several it must be
 reached from them and listens on the address that SLURM knows the first node by (MASTER_ADDR of the batch script).
