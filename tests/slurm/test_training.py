@@ -37,7 +37,7 @@ def test_a_preempted_run_has_the_curve_of_an_unbroken_one(launcher: Launcher, un
     run = launcher.submit("preempted", *TWO_NODES)
     run.wait_for(lambda run: len(run.losses()) > 20, 90, "it trains")
     high = launcher.slurm.run(
-        "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
+        "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
     )
     launcher.slurm.wait_state(high, "COMPLETED", seconds=60)
     assert run.wait("COMPLETED", "FAILED", seconds=120) == "COMPLETED", run.log()
