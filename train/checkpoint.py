@@ -184,6 +184,29 @@ def load_weights_and_moments(engine: Engine, path: Path, content: dict[str, Any]
     engine.restore(content["optimizer_steps"], read)
 
 
+def load_weights(engine: Engine, path: Path) -> Path:
+    """Take the weights of a run's newest checkpoint (`path`: its folder), or those of one checkpoint; the optimizer
+    starts anew. Returns the checkpoint. All ranks call. RunError when there is none, or when its parameters differ."""
+    if on_first_rank(lambda: (path / MARKER).exists() or not path.is_dir()):
+        chosen, fault = path, on_first_rank(lambda: damage(path))
+    else:
+        found = newest(path / "checkpoints")
+        chosen, fault = (path, "it holds no committed checkpoint") if found is None else (found, None)
+    if fault is not None:
+        raise RunError(f"run.start_from={path} cannot be used: {fault}")
+    content = on_first_rank(lambda: json.loads((chosen / STATE).read_text()))
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        _check_parameters(chosen, content["parameters"], parameters_of(tensors))
+        try:
+            dcp.load({key: one for key, one in tensors.items() if key.startswith("model.")}, checkpoint_id=chosen)
+        except (Exception, CheckpointException) as error:
+            raise RunError(f"checkpoint {chosen} cannot be read: {error}", retry=True) from error
+
+    engine.restore({}, read)
+    return chosen
+
+
 def parameters_of(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """{name: whole shape and LR group} of the parameters among an engine's tensors."""
     names = [key.removeprefix("model.") for key in tensors if key.startswith("model.")]

@@ -23,10 +23,12 @@ from train.validate import ValidationConfig
 
 @dataclass
 class RunConfig:
-    """`id` names the run (folder and W&B id; the same id again resumes); `root` holds the runs."""
+    """`id` names the run (folder and W&B id; the same id again resumes); `root` holds the runs. `start_from`: folder of
+    another run, or of one checkpoint, whose weights a run takes that has no checkpoint of its own yet."""
 
     id: str = MISSING
     root: str = "runs"
+    start_from: str | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -88,6 +89,8 @@ def _train(
     found = checkpoint.newest(run_dir.checkpoints)
     if found is not None:
         checkpoint.load(state, found, resolved)
+    elif config.run.start_from is not None:
+        started_from = checkpoint.load_weights(engine, Path(config.run.start_from))
     on_first_rank(lambda: checkpoint.clean(run_dir.checkpoints))
     on_first_rank(lambda: cut_metrics(run_dir, state.step))
     if first:
@@ -99,6 +102,8 @@ def _train(
         monitor.say(f"run {run_dir.root}: {layout.describe()}; {engine.size:,} parameters; data {describe_data(data)}")
         for what, value in layout_rows(config.model, config.parallel, layout, workload):
             monitor.say(f"  {what:<20}{value}")
+        if found is None and config.run.start_from is not None:
+            monitor.say(f"weights of {started_from}")
         if found is not None:
             monitor.event("resumed", state.step, f"resumed from {found} at step {state.step}", checkpoint=found.name)
         watchdog = Watchdog(run_dir, config.guard, dist.get_rank())
