@@ -16,11 +16,13 @@ submitted, else 1.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 
-from launch import slurm, snapshot
-from launch.compose import Launch, compose_launch, compose_own, split
+from launch import prepare, slurm, snapshot
+from launch.attempts import is_finished
+from launch.compose import Launch, LaunchConfig, SubmitConfig, compose_own, compose_phases, split
 from launch.local import LocalConfig, run_local
 from launch.slurm import SlurmConfig
 from train.errors import RunError
@@ -32,23 +34,45 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip())
         return 0
     try:
-        own = compose_own(split(arguments)[0])
-        launch = compose_launch(arguments)
-        if isinstance(launch.cluster, SlurmConfig):
-            submit(launch)
+        mine, others = split(arguments)
+        own = compose_own(mine)
+        if own.job == "prepare":
+            return prepare_data(own, others)
+        launches = compose_phases(arguments)
+        if isinstance(own.cluster, SlurmConfig):
+            submit(launches)
             return 0
-        assert isinstance(own.cluster, LocalConfig)
-        return train_here(launch, own.cluster)
+        for launch in launches:
+            status = train_here(launch)
+            if status or not is_finished(launch.run_dir):
+                return status
+        return 0
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def train_here(launch: Launch, cluster: LocalConfig) -> int:
-    """Run on this machine until it ends; returns the exit status."""
-    if launch.submit.dry_run or launch.submit.test_only:
+def prepare_data(own: LaunchConfig, overrides: list[str]) -> int:
+    """Run data.prepare here or as a job array; returns the exit status."""
+    config = prepare.check(overrides)
+    if isinstance(own.cluster, SlurmConfig):
+        prepare.submit_array(own.cluster, config, own.launch, snapshot.look(), overrides)
+        return 0
+    _nothing_submitted(own.launch)
+    units = [f"units={own.launch.units}"] if own.launch.units else []
+    return subprocess.run([sys.executable, "-m", "data.prepare", *overrides, *units]).returncode
+
+
+def _nothing_submitted(submit: SubmitConfig) -> None:
+    if submit.dry_run or submit.test_only:
         raise RunError("launch.dry_run and launch.test_only are of cluster=slurm; here nothing is submitted")
-    run = launch.run_dir
+
+
+def train_here(launch: Launch) -> int:
+    """Run on this machine until it ends; returns the exit status."""
+    _nothing_submitted(launch.submit)
+    cluster, run = launch.cluster, launch.run_dir
+    assert isinstance(cluster, LocalConfig)
     code = snapshot.look().write(run.root)
     run.open(launch.resolved)
     ending = run_local(cluster, run, code, launch.overrides)
@@ -62,28 +86,33 @@ def train_here(launch: Launch, cluster: LocalConfig) -> int:
     return 1
 
 
-def submit(launch: Launch, after: str | None = None) -> str | None:
-    """Give the run to SLURM, or show what would be given. Returns the number of its last job.
-
-    after: number of the job that must have ended well before.
-    """
-    cluster, run = launch.cluster, launch.run_dir
-    assert isinstance(cluster, SlurmConfig)
+def submit(launches: list[Launch]) -> None:
+    """Give the runs to SLURM, each after the one before has ended well; or show what would be given."""
     code = snapshot.look()
-    script = slurm.render(cluster, run, code.folder(run.root), launch.overrides, time.time())
-    if launch.submit.dry_run:
-        print(script, end="")
-        return None
-    if launch.submit.test_only:
-        print(slurm.sbatch(["--test-only"], script))
-        return None
-    slurm.check_free(run)
-    code.write(run.root)
-    run.open(launch.resolved)
-    jobs = slurm.submit(cluster, run, script, after)
-    print(f"run {run.root}: job {', then '.join(jobs)}; script {run.root / slurm.SCRIPT}, logs {run.logs}")
-    print(f"how it stands: python -m launch.status {run.root}")
-    return jobs[-1]
+    scripts = []
+    for launch in launches:
+        cluster, run = launch.cluster, launch.run_dir
+        assert isinstance(cluster, SlurmConfig)
+        folder = code.folder(run.root)
+        scripts.append(slurm.render(cluster, run, folder, launch.overrides, time.time(), launch.follows))
+        if launch.submit.test_only:
+            print(slurm.sbatch(["--test-only"], scripts[-1]))
+    if launches[0].submit.dry_run:
+        print("\n".join(scripts), end="")
+    if launches[0].submit.dry_run or launches[0].submit.test_only:
+        return
+    for launch in launches:
+        slurm.check_free(launch.run_dir)
+    after = None
+    for launch, script in zip(launches, scripts, strict=True):
+        cluster, run = launch.cluster, launch.run_dir
+        assert isinstance(cluster, SlurmConfig)
+        code.write(run.root)
+        run.open(launch.resolved)
+        jobs = slurm.submit(cluster, run, script, after)
+        after = jobs[-1]
+        print(f"run {run.root}: job {', then '.join(jobs)}; script {run.root / slurm.SCRIPT}, logs {run.logs}")
+    print(f"how it stands: python -m launch.status {' '.join(str(launch.run_dir.root) for launch in launches)}")
 
 
 if __name__ == "__main__":

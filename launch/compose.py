@@ -7,8 +7,9 @@ place in a queue.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -54,9 +55,8 @@ class SubmitConfig:
 
 @dataclass
 class PhaseConfig:
-    """One phase: its run is `<run.id>-<name>`. `train`: overrides of conf/train.yaml; `cluster`: of the cluster."""
+    """One phase: `train`: overrides of conf/train.yaml; `cluster`: arguments of the launcher ("cluster.nodes=4")."""
 
-    name: str = MISSING
     train: list[str] = field(default_factory=list)
     cluster: list[str] = field(default_factory=list)
 
@@ -64,12 +64,12 @@ class PhaseConfig:
 @dataclass
 class LaunchConfig:
     """conf/launch.yaml. `job`: "train", or "prepare" for data.prepare; `phases`: runs that follow each other, each from
-    the last one's weights (empty: one run)."""
+    the last one's weights, `<run.id>-<name>` by name (empty: one run)."""
 
     cluster: ClusterConfig = MISSING
     launch: SubmitConfig = field(default_factory=SubmitConfig)
     job: str = "train"
-    phases: list[PhaseConfig] = field(default_factory=list)
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.job not in JOBS:
@@ -85,6 +85,7 @@ class Launch:
     train: TrainConfig
     resolved: dict[str, Any]
     overrides: list[str]
+    follows: RunDir | None = None  # the run whose weights it starts from
 
     @property
     def run_dir(self) -> RunDir:
@@ -115,11 +116,39 @@ def compose_own(mine: list[str]) -> LaunchConfig:
     return launch
 
 
-def compose_launch(arguments: Sequence[str], new_data: bool = True) -> Launch:
+def compose_phases(arguments: Sequence[str]) -> list[Launch]:
+    """The launches that these arguments describe: one, or one a phase, in order. RunError as compose_launch."""
+    mine, overrides = split(arguments)
+    own = compose_own(mine)
+    if not own.phases:
+        return [compose_launch(arguments)]
+    names = [override.partition("=")[2] for override in overrides if _key(override) == "run.id"]
+    if not names:
+        raise RunError("run.id is missing: give it on the command line, run.id=...")
+    common = [override for override in overrides if _key(override) != "run.id"]
+    launches: list[Launch] = []
+    for name, phase in own.phases.items():
+        given = [*mine, *phase.cluster, *common, *phase.train, f"run.id={names[-1]}-{name}"]
+        before = launches[-1].run_dir if launches else None
+        if before is not None:
+            given.append(f"run.start_from={quote(str(before.root))}")
+        try:
+            launches.append(replace(compose_launch(given), follows=before))
+        except RunError as error:
+            raise RunError(f"phase {name}: {error}") from None
+    return launches
+
+
+def quote(text: str) -> str:
+    """A value in Hydra's grammar, whatever characters it has."""
+    if re.fullmatch(r"[A-Za-z0-9_./:@-]*", text):
+        return text
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def compose_launch(arguments: Sequence[str]) -> Launch:
     """The launch of one run that these key=value arguments describe. RunError for an unknown key, an impossible value,
     a missing dataset, processes that the layout does not fit, or a run that exists with another config.
-
-    new_data: whether the data must be there already.
     """
     mine, overrides = split(arguments)
     own = compose_own(mine)
@@ -128,8 +157,7 @@ def compose_launch(arguments: Sequence[str], new_data: bool = True) -> Launch:
     launch = Launch(own.cluster, own.launch, config, resolved, overrides)
     launch.run_dir  # noqa: B018  refuses an id that is no plain name
     check_degrees(config.parallel, own.cluster.world)
-    if new_data:
-        _check_data(config)
+    _check_data(config)
     launch.run_dir.check(resolved)
     return launch
 

@@ -34,9 +34,17 @@ NOTHING_TO_DO = 3
 LOCK_WAIT = 120.0  # seconds: processes of an attempt on a node that was lost may live on for a while
 
 
-def begin(run: RunDir, job: str, restart: int, nodes: str, limits: Limits, lock_wait: float = LOCK_WAIT) -> int:
-    """Whether this attempt should be made; writes it down if so. Returns the exit status of the program."""
+def begin(
+    run: RunDir, job: str, restart: int, nodes: str, limits: Limits, follows: RunDir | None = None,
+    lock_wait: float = LOCK_WAIT,
+) -> int:  # fmt: skip
+    """Whether this attempt should be made; writes it down if so. Returns the exit status of the program.
+
+    follows: the run that must be finished before. lock_wait: seconds to wait for processes that still hold the run.
+    """
     attempts = Attempts(run)
+    if follows is not None and not is_finished(follows):
+        return _say(run, f"cannot begin: {follows.root}, from whose weights it starts, is not finished", EXIT_FAILED)
     if is_finished(run):
         return _say(run, "is finished already: nothing to do", NOTHING_TO_DO)
     stop = stop_reason(run, job, restart)
@@ -120,13 +128,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--nodes", default="")
     parser.add_argument("--max-restarts", type=int, default=0)
     parser.add_argument("--fruitless", type=int, default=1)
+    parser.add_argument("--follows", type=Path)
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--state", default="")
     parser.add_argument("--by", default="")
     given = parser.parse_args(arguments)
     run = RunDir(given.run)
+    limits = Limits(given.max_restarts, given.fruitless)
     if given.what == "begin":
-        return begin(run, given.job, given.restart, given.nodes, Limits(given.max_restarts, given.fruitless))
+        return begin(run, given.job, given.restart, given.nodes, limits, given.follows and RunDir(given.follows))
     if given.what == "replaced":
         return replaced(run, given.job, given.restart, given.by, given.nodes.split(","))
     return end(run, given.job, given.restart, given.status, given.state)

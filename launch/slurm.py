@@ -117,8 +117,16 @@ def seconds_of(limit: str) -> int | None:
     return first * 60 + (second or 0)
 
 
-def render(config: SlurmConfig, run: RunDir, code: Path, overrides: Sequence[str], started: float) -> str:
-    """The batch script of a run. `overrides`: of conf/train.yaml; `code`: the snapshot that it runs."""
+def render(
+    config: SlurmConfig,
+    run: RunDir,
+    code: Path,
+    overrides: Sequence[str],
+    started: float,
+    follows: RunDir | None = None,
+) -> str:
+    """The batch script of a run. `overrides`: of conf/train.yaml; `code`: the snapshot that it runs; `started`: when it
+    was submitted, seconds since the epoch; `follows`: the run that must be finished before."""
     root = run.root.absolute()
     python = [*config.container, config.python or sys.executable]
     values = {
@@ -132,6 +140,7 @@ def render(config: SlurmConfig, run: RunDir, code: Path, overrides: Sequence[str
         "STARTED": f"{started:.0f}",
         "MAX_RESTARTS": str(config.max_restarts),
         "FRUITLESS": str(config.fruitless),
+        "FOLLOWS": f" --follows {shlex.quote(str(follows.root.absolute()))}" if follows else "",
         "NOTHING": str(NOTHING_TO_DO),
         "LOGS": shlex.quote(escape_percent(str(root / "logs"))),
         "SRUN": "".join(f" {shlex.quote(option)}" for option in srun_options(config)),
