@@ -118,8 +118,10 @@ class Attempts:
 
     def _write(self, event: str, **details: Any) -> None:
         self.run.root.mkdir(parents=True, exist_ok=True)
+        cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **details}) + "\n")
+            line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
+            file.write(("\n" if cut_off and self.path.stat().st_size else "") + line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
