@@ -64,9 +64,7 @@ class CheckpointConfig:
         if self.max_failures < 0:
             raise ValueError(f"checkpoint.max_failures is {self.max_failures}; give 0 or more")
         if self.upload and not any("{path}" in word for word in self.upload):
-            raise ValueError(
-                f"checkpoint.upload is {self.upload}; write where the folder goes, as in [cp, -r, '{{path}}', DIR]"
-            )
+            raise ValueError(f"checkpoint.upload is {self.upload}; write {{path}} where the checkpoint's folder goes")
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is saved, whatever the clock says."""

@@ -144,13 +144,14 @@ def _train(
             """Begin to save the state as it is; its metrics are complete before it is committed."""
             collect()
             compare_replicas(engine, layout, state.step)
-            saver.begin(state, monitor.sync)
+            saver.begin(state, monitor.sync, needed=judge.in_a_row[0] if judge.in_a_row else None)
 
         def rewind() -> None:
             """Take the weights from before the bad steps, and go on after them. RunError where that is impossible."""
             nonlocal rewinds
-            collect()
             bad, rewinds = judge.in_a_row, rewinds + 1
+            collect()
+            bad = judge.in_a_row or bad  # the step under way may be one more of them, or none
             saver.settle()
             path = checkpoint.newest(run_dir.checkpoints, up_to=bad[0]) if config.guard.rewind else None
             if path is None or rewinds > config.guard.max_rewinds:
@@ -162,7 +163,7 @@ def _train(
                     why = f"the run went back {rewinds - 1} times already"
                 file = run_dir.root / "bad_steps.jsonl"
                 raise RunError(
-                    f"{len(bad)} steps in a row, {bad[0]} to {bad[-1]}, had no finite loss or gradient; the weights are "
+                    f"{len(bad)} steps in a row, {bad[0]} to {bad[-1]}, had no finite loss or gradient; weights are "
                     f"those before step {bad[0]}. Look at the samples in {file} and at the learning rate ({why})"
                 )
             checkpoint.go_back(state, path)

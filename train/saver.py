@@ -70,6 +70,7 @@ class _Job:
     content: dict[str, Any]  # of STATE
     kept: bool
     before_commit: Callable[[], None]
+    needed: int | None
     bytes: int
     stopped: float  # seconds that training stood still
     error: BaseException | None = None
@@ -138,10 +139,13 @@ class Saver:
         self._clock = time.monotonic()
         return True
 
-    def begin(self, state: TrainState, before_commit: Callable[[], None] = lambda: None) -> None:
+    def begin(
+        self, state: TrainState, before_commit: Callable[[], None] = lambda: None, needed: int | None = None
+    ) -> None:
         """Copy the state and write it in the background; waits for the save before, and raises as `settle` does.
 
-        `before_commit` runs on the first rank, in the thread; with an OSError the save has failed.
+        `before_commit` runs on the first rank, in the thread; with an OSError the save has failed. The
+        newest one of at most `needed` steps stays, however old.
         """
         self.settle()
         start = time.perf_counter()
@@ -165,6 +169,7 @@ class Saver:
             content,
             kept=every > 0 and state.step % every == 0,
             before_commit=before_commit,
+            needed=needed,
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             stopped=time.perf_counter() - start,
         )
@@ -245,7 +250,8 @@ class Saver:
             if self._uploads is not None:
                 self._uploads.add(job.path)
             try:
-                _prune(self._folder, self._config.keep, self._uploads.waiting() if self._uploads is not None else set())
+                waiting = self._uploads.waiting() if self._uploads is not None else set()
+                _prune(self._folder, self._config.keep, waiting, job.needed)
             except OSError as error:
                 text = f"WARNING: old checkpoints could not be deleted: {_reason(error)}"
                 self._events.put(Event("old checkpoints stay", job.step, text, {"error": _reason(error)}))
@@ -358,9 +364,12 @@ def _commit(job: _Job, sums: dict[str, int]) -> None:
             os.close(descriptor)
 
 
-def _prune(folder: Path, keep: int, waiting: set[Path]) -> None:
-    """Delete all committed ones but the newest `keep`, those that are kept for good, and those still `waiting`."""
+def _prune(folder: Path, keep: int, waiting: set[Path], needed: int | None) -> None:
+    """Delete all committed ones but the newest `keep`, those that are kept for good, those still `waiting`, and the
+    newest of at most `needed` steps."""
     paths = committed(folder)
+    if needed is not None:
+        waiting = waiting | set([path for path in paths if step_of(path) <= needed][-1:])
     for path in paths[:-keep]:
         if path in waiting or json.loads((path / MARKER).read_text()).get("kept"):
             continue
