@@ -4,13 +4,14 @@ export CLIPS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 UNFINISHED := .venv/.unfinished
+SLURM := slurmctld slurmd slurm-client munge
 
 # An environment that the caller has activated is none of ours.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_REQUIRE_VIRTUALENV
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart clean-quickstart test lint format
+.PHONY: help environment quickstart clean-quickstart test test-slurm lint format
 
 help:
 	@echo "make quickstart               try it: synthetic clips, shards, a tiny model trained on 2 processes, stopped and"
@@ -18,6 +19,8 @@ help:
 	@echo "make quickstart CLIPS=folder  the same with your own video files"
 	@echo "make clean-quickstart         delete quickstart/"
 	@echo "make test                     all tests, on the CPU, with real collectives between processes; 6 to 10 minutes"
+	@echo "make test-slurm               the launcher on a real SLURM that is started on this machine; 8 minutes; as root on"
+	@echo "                              Debian or Ubuntu it installs the packages, else it says what to install"
 	@echo "make lint                     ruff and mypy over all packages; 1 minute"
 	@echo "make format                   let ruff repair the formatting"
 	@echo "make environment              only make .venv (3 to 10 minutes, 6 GB; the others do it where it is missing)"
@@ -49,6 +52,22 @@ clean-quickstart:
 test: $(READY)
 	@echo "== tests, on the CPU (6 to 10 minutes)"
 	@$(BIN)/python -m pytest
+
+# Skips nothing: without SLURM it fails, and says what is missing.
+test-slurm: $(READY)
+	@if ! PATH="$$PATH:/usr/sbin" command -v slurmctld slurmd sbatch munged >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "== SLURM: apt-get install $(SLURM)"; \
+	    apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null || { \
+	      apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; }; \
+	  else \
+	    echo "error: no SLURM here; install it (Debian, Ubuntu: apt-get install --no-install-recommends $(SLURM))" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+	@[ "$$(id -u)" = 0 ] || { echo "error: make test-slurm needs root: its daemons live in a PID namespace" >&2; exit 1; }
+	@echo "== the launcher on a real SLURM (8 minutes)"
+	@$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(READY)
 	@echo "== ruff and mypy (1 minute)"

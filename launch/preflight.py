@@ -10,6 +10,7 @@ bad; it is added to `excluded_nodes` in the run's folder, which later jobs of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -65,6 +66,7 @@ def examine(config: PreflightConfig, gpus: int, folder: Path) -> list[str]:
     """Problems that this node has by itself, in words."""
     problems = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.environ.get('SLURMD_NODENAME', os.getpid())}"
         with open(probe, "wb") as file:
             file.write(os.urandom(PROBE_BYTES))
@@ -187,15 +189,14 @@ def look(config: PreflightConfig, run: RunDir, job: str, restart: int, gpus: int
     began = time.monotonic()
     node = os.environ["SLURMD_NODENAME"]
     folder = reports(run, job, restart)
-    report: dict[str, Any] = {"node": node, "problems": [], "together": "not reached"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        report["problems"] = examine(config, gpus, folder)
+    problems = examine(config, gpus, folder)
+    report: dict[str, Any] = {"node": node, "problems": problems, "together": "not reached"}
+    with contextlib.suppress(OSError):  # then its problem is that it cannot write: the log tells
         _write(folder, report)
-        report["together"] = reduce_together(config, not report["problems"], began + 0.8 * config.seconds)
+    # A bad node takes part too, to tell the others that they need not wait.
+    report["together"] = reduce_together(config, not problems, began + 0.8 * config.seconds)
+    with contextlib.suppress(OSError):
         _write(folder, report)
-    except OSError as error:
-        report["problems"] = [*report["problems"], f"cannot write to {folder}: {error.strerror}"]
     words = "; ".join(report["problems"]) or "no problem of its own"
     print(f"node {node}: {words}; all nodes together: {report['together']} ({time.monotonic() - began:.1f} s)")
     return int(bool(report["problems"]) or report["together"] != "ok")
@@ -209,7 +210,7 @@ def judge(run: RunDir, job: str, restart: int, nodes: list[str], exclude: str, m
         try:
             found[node] = json.loads((reports(run, job, restart) / f"{node}.json").read_text())
         except (OSError, ValueError):
-            found[node] = {"problems": ["it did not answer in time"], "together": ""}
+            found[node] = {"problems": [_last_words(run, job, node)], "together": ""}
     bad = {node: "; ".join(report["problems"]) for node, report in found.items() if report["problems"]}
     path = run.root / "excluded_nodes"
     earlier = path.read_text().split() if path.exists() else []
@@ -233,6 +234,15 @@ def judge(run: RunDir, job: str, restart: int, nodes: list[str], exclude: str, m
     write_atomically(path, "\n".join(listed) + "\n")
     print(",".join(filter(None, [exclude, *listed])))
     return 0
+
+
+def _last_words(run: RunDir, job: str, node: str) -> str:
+    """What a node printed that could not leave a report."""
+    log = run.logs / f"{job}-preflight.out"
+    for line in log.read_text().splitlines()[::-1] if log.exists() else ():
+        if line.startswith(f"node {node}: "):
+            return line.removeprefix(f"node {node}: ").partition("; all nodes together")[0]
+    return "it did not answer in time"
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -61,7 +61,7 @@ def launched() -> Iterator[list[subprocess.Popen[str]]]:
             process.wait()
 
 
-def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int = 2, timeout: float = 120) -> None:
+def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int = 2, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
@@ -130,7 +130,7 @@ def test_stop_and_failure(folder: Path, launched: list[subprocess.Popen[str]]) -
     assert sorted(member.environ()["RANK"] for member in workers) == ["0", "1"]
 
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "waiting for the checkpoint" in said and "Traceback" not in said
     assert status(run)["state"] == "stopped"
@@ -139,7 +139,7 @@ def test_stop_and_failure(folder: Path, launched: list[subprocess.Popen[str]]) -
 
     refused = start(arguments(folder, "stopped", "cluster.processes=2", "seed=1"))
     launched.append(refused)
-    _, said = refused.communicate(timeout=90)
+    _, said = refused.communicate(timeout=240)
     assert refused.returncode == 1
     assert "seed: 0 -> 1" in said and "Traceback" not in said
     assert said.startswith("error: run 'stopped' exists with another config")
@@ -152,7 +152,7 @@ def test_a_killed_worker_ends_the_run(folder: Path, launched: list[subprocess.Po
     workers = [w for w in psutil.Process(process.pid).children() if "launch.worker" in w.cmdline()]
     last = next(worker for worker in workers if worker.environ()["RANK"] == "1")
     last.kill()
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in said.splitlines()[-1]
 
@@ -170,3 +170,54 @@ def test_workers_do_not_outlive_a_killed_launcher(folder: Path, launched: list[s
         worker.kill()
     assert not alive
     assert status(run)["state"] == "stopped"
+
+
+def test_workers_start_again_after_a_death_and_go_on(folder: Path, launched: list[subprocess.Popen[str]]) -> None:
+    """A worker is killed after a checkpoint: all start again from there. It is killed a second time: the limit."""
+    run = folder / "again"
+    process = start(arguments(folder, "again", "cluster.processes=2", "cluster.restarts=1", "checkpoint.every=5"))
+    launched.append(process)
+    wait_for_steps(run, process, steps=12)
+    kill_worker(process, "0")
+    wait_for(lambda: len(events(run, "begin")) == 2, process)
+    resumed = events(run, "begin")[1]["step"]
+    assert resumed >= 10 and events(run, "end")[0]["ended"] == "crashed"
+    wait_for(lambda: status(run)["state"] == "running" and committed(run) > resumed, process)
+    kill_worker(process, "1")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert f"all workers start again from step {resumed} (restart 1 of at most 1)" in said
+    assert "given up: it was restarted 1 times" in said.splitlines()[-1] and len(events(run, "begin")) == 2
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "each step once"
+
+
+def test_a_mistake_is_not_tried_again(folder: Path, launched: list[subprocess.Popen[str]]) -> None:
+    """Only the workers can see it, and say so by their exit status."""
+    process = start(arguments(folder, "mistake", "cluster.restarts=5", f"run.start_from={folder}/nowhere"))
+    launched.append(process)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 1 and "nowhere cannot be used" in said
+    assert [line["ended"] for line in events(folder / "mistake", "end")] == ["refused"]
+
+
+def kill_worker(process: subprocess.Popen[str], rank: str) -> None:
+    workers = [w for w in psutil.Process(process.pid).children() if "launch.worker" in w.cmdline()]
+    next(worker for worker in workers if worker.environ()["RANK"] == rank).kill()
+
+
+def events(run: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def committed(run: Path) -> int:
+    return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/COMMITTED")), default=0)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
