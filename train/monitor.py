@@ -133,7 +133,8 @@ class Monitor:
 def cut_metrics(run: RunDir, step: int) -> None:
     """Drop what metrics.jsonl says of steps that a run resuming at `step` will do again, and a line cut off by death.
 
-    Validation entries carry the number of updates done, so those at `step` itself stay.
+    Validation entries carry the number of updates done, so those at `step` itself stay, but for the first one: a run
+    that starts anew validates anew.
     """
     if not run.metrics.exists():
         return
@@ -144,7 +145,7 @@ def cut_metrics(run: RunDir, step: int) -> None:
         except ValueError:
             continue
         is_validation = any(key.startswith("valid/") for key in record)
-        if record["step"] < step or (is_validation and record["step"] == step):
+        if record["step"] < step or (is_validation and record["step"] == step > 0):
             kept.append(line)
     write_atomically(run.metrics, "".join(line + "\n" for line in kept))
 

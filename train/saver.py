@@ -177,11 +177,13 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(job,), name="checkpoint writer", daemon=True)
         self._thread.start()
 
+    def busy(self) -> bool:
+        """Whether this rank's writer is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def failed(self) -> bool:
         """Whether a save failed that training has not heard of. Any rank may ask at any time."""
-        return self._thread is not None and not self._thread.is_alive() and self._job is not None and (
-            self._job.error is not None
-        )  # fmt: skip
+        return self._job is not None and self._job.error is not None and not self.busy()
 
     def settle(self, last: bool = False) -> None:
         """Wait for the save in flight, if there is one, and take over its outcome.

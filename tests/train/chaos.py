@@ -1,6 +1,7 @@
 """Runs that are killed again and again, and what is left of them. `make chaos` runs the long form:
 
     python -m tests.train.chaos FOLDER [KILLS [REPORT.md]]
+    python -m tests.train.chaos FOLDER travel           # kills with a change of ranks or engine
 
 A run of `tiny` on two processes is killed with SIGKILL at points chosen by a seeded generator, one rank or both, and
 started again until it has died KILLS times and is finished. The same command goes on where it was interrupted. Ranks
@@ -38,7 +39,7 @@ POINTS = {  # where a rank dies: in which room
     "committed": "a save", "prune": "a save", "load": "start-up", "metrics cut": "start-up", "resumed": "start-up",
     "time": "anywhere",
 }  # fmt: skip
-FIRST_RANK_ONLY = ("marker", "committed", "prune")
+FIRST_RANK_ONLY = ("marker", "committed", "prune", "metrics cut", "resumed")
 CLOCK = ("tokens_per_s", "step_time", "data_wait")
 RETRY = 75
 
@@ -230,5 +231,51 @@ def main(folder: Path, kills: int = 54, report: Path | None = None) -> None:
         report.write_text("# Chaos\n\n" + "\n".join(lines) + "\n")
 
 
+JOURNEYS = {  # (ranks, overrides) of each attempt; all but the last one are killed
+    "ranks": [(2, []), (1, []), (4, ["parallel.ulysses=2", "data.micro_batch=1"]), (2, [])],
+    "engines": [(2, []), (2, ["parallel=zero2"]), (2, [])],
+}
+
+
+def travel(folder: Path, steps: int = 24) -> None:
+    """Runs that go on at other numbers of ranks, with sequence parallelism, and under another engine, after a kill each
+    time: the samples of each step are the unbroken run's, its losses to 1e-5. AssertionError otherwise."""
+    import train.__main__  # noqa: F401  before the first fork
+
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset(folder)
+    often = [*SAVES, "checkpoint.every=3", f"steps={steps}"]
+    assert start(folder, "unbroken", 2, *often).statuses == [0, 0]
+    whole = curve(folder, "unbroken")
+    for run, attempts in JOURNEYS.items():
+        for number, (world, overrides) in enumerate(attempts):
+            last = number == len(attempts) - 1
+            attempt = start(folder, run, world, *often, *overrides, die=None if last else {world - 1: "step:8"})
+            killed = [0] * world if last else [RETRY] * (world - 1) + [-9]
+            assert attempt.statuses == killed, (run, number, attempt)
+            assert number == 0 or "resumed from" in attempt.said[0], (run, number, attempt.said[0])
+        assert consumed(folder, run) == consumed(folder, "unbroken"), run
+        worst = 0.0
+        for expected, found in zip(whole, curve(folder, run), strict=True):
+            assert expected["step"] == found["step"]
+            for key in expected.keys() & {
+                "loss",
+                "loss_video",
+                "loss_audio",
+                "valid/loss",
+                "valid/video",
+                "valid/audio",
+            }:
+                if expected[key] is None or found[key] is None:
+                    assert expected[key] is found[key]
+                else:
+                    worst = max(worst, abs(found[key] / expected[key] - 1))
+        assert worst <= 1e-5, (run, worst)
+        print(f"{run}: {len(attempts) - 1} kills, {steps} steps, losses within {worst:.1e}")
+
+
 if __name__ == "__main__":
+    if sys.argv[2:3] == ["travel"]:
+        travel(Path(sys.argv[1]).resolve())
+        sys.exit()
     main(Path(sys.argv[1]).resolve(), *[int(n) for n in sys.argv[2:3]], *[Path(path) for path in sys.argv[3:4]])

@@ -262,12 +262,23 @@ def test_exit_statuses_tell_whether_to_try_again(error, expected, peer):
     assert exit_status(error) == expected and lost_peer(error) is peer
 
 
-def test_a_chaotic_run_equals_the_unbroken_one(tmp_path):
-    """The short form of `make chaos`, in a process of its own, which forks."""
+def chaotic(folder, what):
+    """In a process of its own, which forks."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.chaos", str(tmp_path / "chaos"), "6"],
+        [sys.executable, "-m", "tests.train.chaos", str(folder / "chaos"), what],
         env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(chaos.REPOSITORY)},
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "killed 6 times" in done.stdout
+    return done.stdout
+
+
+def test_a_chaotic_run_equals_the_unbroken_one(tmp_path):
+    """The short form of `make chaos`."""
+    assert "killed 6 times" in chaotic(tmp_path, "6")
+
+
+def test_killed_runs_go_on_at_other_numbers_of_ranks_and_under_another_engine(tmp_path):
+    """2 -> 1 -> 4 (sequence parallel) -> 2, and FSDP2 -> ZeRO 2 -> FSDP2."""
+    said = chaotic(tmp_path, "travel")
+    assert "ranks: 3 kills" in said and "engines: 2 kills" in said
