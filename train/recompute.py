@@ -123,7 +123,7 @@ def unit_cost(
     clips, all_tokens, steps = workload.clips, workload.video_tokens(config), workload.audio_tokens(config)
     tokens = -(-all_tokens // sequence)
     inputs: tuple[Any, ...]
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.device("cpu"):
         video = torch.zeros(clips, tokens, config.video.dim, dtype=compute, requires_grad=True)
         audio = torch.zeros(clips, steps, config.audio.dim, dtype=compute, requires_grad=True)
         if shape in ("video", "audio"):
