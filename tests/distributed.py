@@ -24,11 +24,18 @@ TIMEOUT = datetime.timedelta(seconds=60)
 def run_cases(world: int, cases: dict[str, Case]) -> dict[str, list[Any]]:
     """Run every case on `world` ranks, in order, in one launch."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(world, cases, folder), nprocs=world, join=True)
-        outcomes = [torch.load(f"{folder}/rank{rank}", weights_only=False) for rank in range(world)]
+        ended: mp.ProcessExitedException | None = None
+        try:
+            mp.spawn(_worker, args=(world, cases, folder), nprocs=world, join=True)
+        except mp.ProcessExitedException as error:
+            ended = error  # perhaps of a rank that met the closed connection of one that failed: that one's news first
+        files = [f"{folder}/rank{rank}" for rank in range(world)]
+        outcomes = [torch.load(file, weights_only=False) if os.path.exists(file) else {} for file in files]
     for rank, outcome in enumerate(outcomes):
         if "error" in outcome:
             raise AssertionError(f"case {outcome['case']!r} failed on rank {rank}:\n{outcome['error']}")
+    if ended is not None:
+        raise ended
     return {name: [outcome[name] for outcome in outcomes] for name in cases}
 
 

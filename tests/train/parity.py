@@ -1,0 +1,203 @@
+"""What the ranks of test_layouts.py compare: five training steps of a layout against the same steps of one process.
+
+One process takes the whole global batch in one forward, in float64, with torch's own clipping and optimizer. Its
+numbers are made once (`expected`) and read by every rank of every case. A case draws its own noise for its own slots,
+as the trainer does.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import Batch
+from data.clip import Bucket
+from model.bridge import BridgeConfig
+from model.joint import JointConfig, Velocities
+from model.tower import TowerConfig
+from tests.train import cases
+from tests.train.cases import OBJECTIVE, TEXT, TEXT_DIM, convert, full, reference_model, some
+from tests.train.faults import planted
+from train.engine import ShardedEngine
+from train.feed import Prepared
+from train.mesh import ParallelConfig
+from train.noise import draw
+from train.objective import Objective
+from train.optim import OptimConfig
+from train.step import forward_backward
+
+STEPS, SEED, SLOTS = 5, 11, 4
+EXPERTS = Objective(OBJECTIVE, ("high", "low"))
+# Steps this large change every parameter visibly; the clip binds in all of them.
+OPTIM = OptimConfig(lr_tower=15.0, lr_bridge=30.0, clip=0.01, warmup=0)
+# 15 video tokens in frames of 5: neither 2 nor 4 ranks divide them, and their borders cut frames.
+BUCKET = Bucket(frames=3, height=2, width=10, audio_steps=403, fps=24.0, has_video=True, has_audio=True)
+
+
+class Case(NamedTuple):
+    """`heads` of the video, `micro`: slots a rank takes at a time, `asked`: see `Asking`, and a ParallelConfig.
+
+    `steps`: STEPS, or two for a quick one: both experts' gradients.
+    """
+
+    heads: int
+    micro: int
+    parallel: dict[str, Any]
+    asked: str = "all"
+    steps: int = STEPS
+
+
+class Asking:
+    """A model that is asked for more, or less, than the trainer asks for, on one process and under a layout alike.
+
+    "given": other text for the sound, and a factor of its own for each sample's Bridge; "mute": no sound; "blind": no
+    video.
+    """
+
+    def __init__(self, model: Any, asked: str) -> None:
+        self.model, self.asked = model, asked
+        self.config, self.token_range = model.config, model.token_range
+
+    def __call__(self, **inputs: Any) -> Velocities:
+        video, audio = inputs["video"], inputs["audio"]
+        if self.asked == "given":
+            scale = 0.3 + 0.5 * inputs["bridge_scale"] + inputs["t_audio"] / 2000
+            inputs |= {"text_audio": 2 * inputs["text"].flip(1), "bridge_scale": scale}
+        elif self.asked == "mute":
+            out = self.model(**inputs | {"audio": None})
+            return Velocities(out.video, torch.zeros_like(audio))
+        elif self.asked == "blind":
+            out = self.model(**inputs | {"video": None})
+            tokens = self.token_range(video[0, 0].numel() // 4)
+            return Velocities(video.new_zeros(len(video), tokens.stop - tokens.start, 64), out.audio)
+        return self.model(**inputs)
+
+
+def config_of(heads: int) -> JointConfig:
+    """Three video blocks, two of which meet sound (what the second Bridge sends back goes through the first), heads of
+    8. Pooled AdaLN with 3 and 5 heads; with 12 the released form without."""
+    pooled = heads != 12
+    return JointConfig(
+        video=TowerConfig(
+            dim=8 * heads, num_heads=heads, num_layers=3, ffn_dim=50, in_dim=36, out_dim=16, text_dim=TEXT_DIM,
+            freq_dim=16,
+        ),
+        audio=TowerConfig(
+            dim=16, num_heads=2, num_layers=2, ffn_dim=30, in_dim=128, out_dim=128, text_dim=TEXT_DIM, freq_dim=16,
+            patch_size=[1], rope="dac",
+        ),
+        bridge=BridgeConfig(head_dim=8, pooled_adaln=pooled, trainable_condition_scale=pooled),
+        text_length=TEXT,
+    )  # fmt: skip
+
+
+def global_batch(step: int) -> Batch:
+    """Four slots: one with both modalities, one without sound, one left over (weight 0), one without video."""
+    g = torch.Generator().manual_seed(100 + step)
+    rand = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
+    return Batch(
+        step=step, bucket=BUCKET, keys=[f"k{i}" for i in range(SLOTS)],
+        sample_numbers=np.arange(SLOTS, dtype=np.int64) + SLOTS * step,
+        video=rand(SLOTS, 16, 3, 2, 10), audio=rand(SLOTS, 128, 403), condition=rand(SLOTS, 20, 3, 2, 10),
+        text=rand(SLOTS, TEXT, TEXT_DIM), empty_text=rand(TEXT, TEXT_DIM), weight=torch.tensor([1.0, 1.0, 0.0, 1.0]),
+        video_weight=torch.tensor([1.0, 1.0, 1.0, 0.0]), audio_weight=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        total_weight=3.0,
+    )  # fmt: skip
+
+
+def micro_batches(step: int, micro: int, rank: int, world: int, dtype: torch.dtype) -> list[Prepared]:
+    """What data rank `rank` of `world` takes in this step, with the draws that it makes for it."""
+    slots = list(range(SLOTS))[rank::world]
+    batches = [some(global_batch(step), slots[i : i + micro]) for i in range(0, len(slots), micro)]
+    return [Prepared(batch, convert(draw(batch, EXPERTS, SEED), dtype)) for batch in batches]
+
+
+def moments(losses: Any) -> Tensor:
+    """[5]: share of the loss, and the metrics by modality; sums over ranks describe the global batch."""
+    return torch.cat([losses.share.view(1), losses.video, losses.audio]).double()
+
+
+def expected(folder: Path, heads: int, asked: str) -> None:
+    """Write what one process finds: losses and norms of every step, the first two gradients (one of each expert), and
+    the parameters before and after each."""
+    model = reference_model(config_of(heads), torch.float64)
+    rates = ((False, OPTIM.lr_tower), (True, OPTIM.lr_bridge))
+    sgd = torch.optim.SGD(
+        [
+            {"params": [p for n, p in model.named_parameters() if n.startswith("dual_tower") == bridge], "lr": rate}
+            for bridge, rate in rates
+        ],
+        weight_decay=OPTIM.weight_decay,
+    )
+    found: dict[str, Any] = {"start": _parameters(model), "losses": [], "norms": [], "gradients": [], "after": []}
+    for step in range(STEPS):
+        batches = micro_batches(step, SLOTS, 0, 1, torch.float64)
+        losses = cases.backward(Asking(model, asked), batches, step)
+        found["losses"].append(moments(losses))
+        if step < 2:
+            found["gradients"].append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            assert all(gradient.norm() > 0 for gradient in found["gradients"][step].values()), "a part plays no role"
+        found["norms"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip).double())
+        sgd.step()
+        sgd.zero_grad()
+        found["after"].append(_parameters(model))
+    torch.save(found, folder / f"{heads}-{asked}.pt")
+
+
+def parity(folder: Path, case: Case, fault: str | None = None) -> dict[str, Any]:
+    """`compare`, with a planted fault when one is named."""
+    with planted(fault) if fault else nullcontext():
+        return compare(folder, case)
+
+
+def compare(folder: Path, case: Case) -> dict[str, Any]:
+    """The first steps of `expected` under a layout. Relative differences of all that it wrote; `graphs`: compiled
+    graphs after each step, none without compile.
+    """
+    true = torch.load(folder / f"{case.heads}-{case.asked}.pt", weights_only=True)
+    parallel = ParallelConfig(**{"compute": "float64", **case.parallel})
+    if parallel.compile != "none":
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    model, layout = cases.sharded_model(config_of(case.heads), parallel)
+    engine = ShardedEngine(model, OPTIM, layout, parallel.accumulate)
+    # The engine's own clipping and LR groups, with steps that are linear in the gradient.
+    engine.optimizer.adamw = torch.optim.SGD(engine.optimizer.adamw.param_groups)  # type: ignore[assignment]
+    dtype = torch.float64 if parallel.compute == "float64" else torch.float32
+    result: dict[str, Any] = {"loss": 0.0, "norm": 0.0, "gradient": (0.0, ""), "gradients": 0.0, "graphs": []}
+    result["clipped"] = min(true["norms"]).item() > OPTIM.clip
+    for step in range(case.steps):
+        batches = micro_batches(step, case.micro, layout.dp_rank, layout.dp_world, dtype)
+        expert = EXPERTS.expert(step)
+        losses = forward_backward(Asking(model, case.asked), batches, OBJECTIVE, expert, layout, engine.backward)
+        sums = moments(losses)
+        dist.all_reduce(sums)
+        wanted = true["losses"][step]
+        result["loss"] = max(result["loss"], ((sums - wanted).abs() / wanted.abs().clamp(min=1e-12)).max().item())
+        if step < len(true["gradients"]):
+            found = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+            result["gradient"] = max(result["gradient"], cases.worst(found, true["gradients"][step]))
+            result["gradients"] = max(result["gradients"], together(found, true["gradients"][step]))
+        norm = engine.step(1.0, expert)
+        result["norm"] = max(result["norm"], abs(norm.item() / true["norms"][step].item() - 1))
+        if parallel.compile != "none":
+            result["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    end, true_end = _parameters(model), true["after"][case.steps - 1]
+    result["parameters"] = cases.worst(end, true_end)
+    moved, should = ({n: p - true["start"][n] for n, p in x.items()} for x in (end, true_end))
+    result["moved"] = together(moved, should)
+    return result
+
+
+def together(found: dict[str, Tensor], true: dict[str, Tensor]) -> float:
+    """Relative L2 difference of all values together."""
+    a, b = (torch.cat([values[name].flatten().double() for name in true]) for values in (found, true))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {n: full(p.detach()).clone() for n, p in model.named_parameters()}
