@@ -145,8 +145,8 @@ class _Forwarder:
 
     @property
     def asked(self) -> bool:
-        """Whether a stop was asked for."""
-        return self._requested.is_set()
+        """Whether a stop was asked for. (`_requested` also wakes the thread at the end.)"""
+        return self._first is not None
 
     def __enter__(self) -> _Forwarder:
         # The agent would install handlers that kill the workers 30 s after a signal: too early for a large checkpoint.

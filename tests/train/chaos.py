@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from data.clip import Bucket
 from tests.shards import make_dataset
 from tests.train import chaos_rank
+from tools.bench.record import commit, hardware
 
 REPOSITORY = Path(__file__).parents[2]
 CLIP = Bucket(frames=2, height=4, width=4, audio_steps=9, fps=24.0, has_video=True, has_audio=True)
@@ -228,7 +229,15 @@ def main(folder: Path, kills: int = 54, report: Path | None = None) -> None:
         lines.append(f"| {room} | {len(entries)} | {len(entries) - both} | {both} | {points} |")
     print("\n".join(lines))
     if report is not None:
-        report.write_text("# Chaos\n\n" + "\n".join(lines) + "\n")
+        head = ["# Chaos", "", "- command: `make chaos`", f"- hardware: {hardware()}; GPU: not measured"]
+        head += [f"- commit: {commit()}, torch {torch.__version__}", f"- date: {time.strftime('%Y-%m-%d')}", ""]
+        report.write_text("\n".join([*head, *lines, "", NOTES, ""]))
+
+
+NOTES = (
+    "Ranks die at points that are armed from outside, at random counts, one rank or both; those that die by the clock "
+    "are processes of their own, the others are forked off one that has torch imported (tests/train/chaos.py)."
+)
 
 
 JOURNEYS = {  # (ranks, overrides) of each attempt; all but the last one are killed
@@ -254,6 +263,8 @@ def travel(folder: Path, steps: int = 24) -> None:
             killed = [0] * world if last else [RETRY] * (world - 1) + [-9]
             assert attempt.statuses == killed, (run, number, attempt)
             assert number == 0 or "resumed from" in attempt.said[0], (run, number, attempt.said[0])
+            assert f"{world} ranks on cpu" in attempt.said[0]
+            assert ("zero2" if "parallel=zero2" in overrides else "fsdp2") in attempt.said[0]
         assert consumed(folder, run) == consumed(folder, "unbroken"), run
         worst = 0.0
         for expected, found in zip(whole, curve(folder, run), strict=True):

@@ -1,10 +1,10 @@
 """What a checkpoint costs: how long training stands still for one in the background, beside one that is waited for;
 and, with a dataset, how long a run takes from the death of a process to its next new step.
 
-    python -m tools.bench.checkpoint model=small data=shards/train       # writes bench/checkpoint.md
+    python -m tools.bench.checkpoint model=small dataset=shards/train       # writes bench/checkpoint.md
 
 Keys: model (a file of conf/model), saves (timed, after one that allocates the buffers), folder (where checkpoints are
-written and deleted again), data (a dataset for model=tiny; null: the second part is left out), output (folder).
+written and deleted again), dataset (a dataset for model=tiny; null: the second part is left out), output (folder).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CheckpointBench:
     model: JointConfig = MISSING
     saves: int = 5
     folder: str | None = None
-    data: str | None = None
+    dataset: str | None = None
     output: str = "bench"
 
 
@@ -164,12 +164,12 @@ def main(config: DictConfig) -> None:
             ("the same for the first save, which allocates the buffers", f"{found['first']:.3f} s"),
             ("a save in the background, until its commit, while the ranks compute", _seconds(found["done"])),
         ]
-        if bench.data is not None:
-            step, resumed = death_to_step(bench.data, Path(folder))
+        if bench.dataset is not None:
+            step, resumed = death_to_step(bench.dataset, Path(folder))
             rows.append(("`tiny`: from the SIGKILL of one process to the next new step", f"{step:.1f} s"))
             rows.append(("until all processes were started again and had loaded the checkpoint", f"{resumed:.1f} s"))
         rows.append(("load of the machine when it began (1 min)", f"{load:.1f} on {os.cpu_count()} cores"))
-    command = f"python -m tools.bench.checkpoint model={name}" + (" data=..." if bench.data else "")
+    command = f"python -m tools.bench.checkpoint model={name}" + (" dataset=..." if bench.dataset else "")
     write_record(Path(bench.output) / "checkpoint.md", "What a checkpoint costs", command, rows, NOTES)
     print("\n".join(f"{what}: {value}" for what, value in rows))
 
