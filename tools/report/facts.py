@@ -1,0 +1,256 @@
+"""What the page says beside the curves: state, events on the time axis, checkpoints, data, layout, config, clips.
+
+Everything is read from the run's folder; a piece that is missing or damaged becomes words on the page (`missing`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.errors import DataError
+from data.index import DatasetIndex
+from data.inspect import describe
+from data.places import is_remote
+from launch.attempts import Attempts
+from launch.status import clock
+from train.checkpoint import STATE, committed, damage, step_of
+from train.run_dir import RunDir
+from train.samples import folder_of, read_samples
+
+MOST_EVENTS = 400  # rows of the table, and marks on the time axis; the newest
+WORDS = {"event", "step", "time"}  # of an event's line; the others are its details
+REMARKABLE = ("resumed", "went back", "checkpoint failed", "upload failed", "not finite", "spike", "slow rank")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened. `time`: seconds since the epoch."""
+
+    time: float
+    kind: str
+    step: int | None
+    details: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One time that the run was started; `end` None: it still runs, or was killed without a word."""
+
+    begin: float
+    end: float | None
+    ended: str
+    first: int
+    last: int | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip for the page; `url`: data of the mp4."""
+
+    step: int
+    name: str
+    kind: str
+    prompt: str
+    measures: dict[str, float]
+    url: str
+
+
+@dataclass
+class Facts:
+    """All that the page needs, plain. `missing`: sentences on what could not be read."""
+
+    run: str
+    state: str
+    error: str
+    tiles: list[tuple[str, str]] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    datasets: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    layout: list[tuple[str, str]] = field(default_factory=list)
+    config: list[tuple[str, str]] = field(default_factory=list)
+    clips: list[Clip] = field(default_factory=list)
+    clips_left_out: int = 0
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def resumed(self) -> list[int]:
+        """Steps at which the run went on after a stop or a death."""
+        return sorted({event.step for event in self.events if event.kind == "resumed" and event.step is not None})
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each kind of event happened."""
+        return Counter(event.kind for event in self.events)
+
+
+def read_facts(run: RunDir, steps: int, most_clips: int, most_bytes: int) -> Facts:
+    """Look at a run directory. steps: that metrics.jsonl knows of; most_bytes: of all clips on the page."""
+    status = run.read_status()
+    facts = Facts(run.root.absolute().name, str(status.get("state", "unknown")), str(status.get("error", "")))
+    if facts.state == "running" and run.holder() is None:
+        facts.error = "status.json says running, but no process on this machine holds the run"
+    if not status:
+        facts.missing.append("status.json: how the run stands")
+    config = _config(run, facts)
+    facts.events = _events(run, facts)
+    facts.attempts = _attempts(run, facts)
+    facts.checkpoints = _checkpoints(run, facts)
+    _data(config, facts)
+    _layout(config, status, run, facts)
+    _clips(run, facts, most_clips, most_bytes)
+    asked = config.get("steps")
+    first = facts.attempts[0].begin if facts.attempts else None
+    facts.tiles = [
+        ("state", facts.state),
+        ("step", f"{steps:,}" + (f" of {asked:,}" if isinstance(asked, int) else "")),
+        ("begun", time.strftime("%Y-%m-%d %H:%M", time.localtime(first)) if first else "?"),
+        ("at work", clock(busy_seconds(facts.attempts)) if facts.attempts else "?"),
+        ("restarts", str(max(len(facts.attempts) - 1, 0)) if facts.attempts else "?"),
+        ("last checkpoint", f"{facts.checkpoints[-1]['step']:,}" if facts.checkpoints else "none"),
+    ]
+    return facts
+
+
+def busy_seconds(attempts: list[Attempt]) -> float:
+    """Seconds in which the run was at work. An attempt that was killed counts up to the next one's beginning."""
+    total = 0.0
+    for number, attempt in enumerate(attempts):
+        after = attempts[number + 1].begin if number + 1 < len(attempts) else time.time()
+        total += (attempt.end or after) - attempt.begin
+    return total
+
+
+def _config(run: RunDir, facts: Facts) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(run.config.read_text())
+        assert isinstance(config, dict)
+    except (OSError, yaml.YAMLError, AssertionError) as error:
+        facts.missing.append(f"config.yaml: {error or 'it holds no keys'}")
+        return {}
+    facts.config = list(_flat(config))
+    return config
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in config.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", f"{value}")]
+    return rows
+
+
+def _events(run: RunDir, facts: Facts) -> list[Event]:
+    path = run.root / "events.jsonl"
+    if not path.exists():
+        facts.missing.append("events.jsonl: what happened beside the steps")
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            when = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+            details = ", ".join(f"{key} {value}" for key, value in record.items() if key not in WORDS)
+            found.append(Event(when, str(record["event"]), record.get("step"), details))
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by death
+    return found
+
+
+def _attempts(run: RunDir, facts: Facts) -> list[Attempt]:
+    record = Attempts(run)
+    if not record.path.exists():
+        facts.missing.append("attempts.jsonl: when the run was started (only python -m launch writes it)")
+        return []
+    found: list[Attempt] = []
+    for line in record.read():
+        if line["event"] == "begin":
+            found.append(Attempt(line["time"], None, "", line["step"], None, f"{line.get('job')} on {line.get('nodes')}"))
+        elif line["event"] == "end" and found and found[-1].end is None:
+            one = found[-1]
+            found[-1] = Attempt(one.begin, line["time"], line["ended"], one.first, line["step"], one.where)
+    alive = run.holder() is not None
+    return [
+        one if one.end is not None else Attempt(
+            one.begin, None, "runs" if alive and one is found[-1] else "killed", one.first, None, one.where)
+        for one in found
+    ]  # fmt: skip
+
+
+def _checkpoints(run: RunDir, facts: Facts) -> list[dict[str, Any]]:
+    rows = []
+    for path in committed(run.checkpoints):
+        try:  # one may be rotated away while we look
+            size = sum(file.stat().st_size for file in path.iterdir())
+            when = (path / "COMMITTED").stat().st_mtime
+            rows.append({"step": step_of(path), "time": when, "bytes": size, "fault": damage(path) or ""})
+        except OSError:
+            continue
+    if not rows:
+        facts.missing.append("checkpoints: there is none yet")
+        return rows
+    try:
+        state = json.loads((committed(run.checkpoints)[-1] / STATE).read_text())
+        rows[-1]["note"] = f"{len(state['data']['quarantine']):,} samples in quarantine"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass
+    return rows
+
+
+def _data(config: dict[str, Any], facts: Facts) -> None:
+    data = config.get("data", {})
+    places = [("training", data.get("path")), ("validation", data.get("valid_path"))]
+    places += [("training", one.get("path")) for one in data.get("datasets") or []]
+    places += [
+        (f"training, from step {part.get('first_step')}", one.get("path"))
+        for part in data.get("segments") or []
+        for one in part.get("datasets") or []
+    ]
+    for use, place in places:
+        if place is None:
+            continue
+        if is_remote(place):
+            facts.datasets.append((f"{use}: {place}", [("", "lies elsewhere; python -m data.inspect looks at it")]))
+            continue
+        try:
+            index = DatasetIndex.open(Path(place), check_files=False)
+            rows = [tuple(part.strip() for part in line.partition("  ")[::2]) for line in describe(index, 0)]
+            index.close()
+            facts.datasets.append((f"{use}: {place}", rows[1:]))  # type: ignore[arg-type]
+        except (DataError, OSError) as error:
+            facts.missing.append(f"dataset {place} ({use}): {error}")
+
+
+def _layout(config: dict[str, Any], status: dict[str, Any], run: RunDir, facts: Facts) -> None:
+    if status.get("layout"):
+        facts.layout.append(("this attempt", str(status["layout"])))
+    facts.layout += [(f"parallel.{key}", str(value)) for key, value in config.get("parallel", {}).items()]
+    if not facts.layout:
+        facts.missing.append("layout: neither status.json nor config.yaml tells of it")
+
+
+def _clips(run: RunDir, facts: Facts, most: int, most_bytes: int) -> None:
+    samples = read_samples(run.root)
+    if not samples:
+        facts.missing.append("samples: none was made (python -m tools.watch makes them while a run goes on)")
+    room = most_bytes
+    for sample in reversed(samples[-most:] if most else []):  # the newest first
+        try:
+            content = (folder_of(run.root) / sample.file).read_bytes()
+        except OSError:
+            continue
+        if len(content) > room:
+            break
+        room -= len(content)
+        url = "data:video/mp4;base64," + base64.b64encode(content).decode()
+        facts.clips.append(Clip(sample.step, sample.file, sample.kind, sample.prompt, sample.measures, url))
+    facts.clips_left_out = len(samples) - len(facts.clips)
