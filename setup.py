@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"conf": ["**/*.yaml"], "launch": ["*.template"]},
+    package_data={"conf": ["**/*.yaml"], "launch": ["*.template"], "tools.report": ["page.*"]},
     install_requires=[
         "torch>=2.11.0",
         "torchaudio>=2.11.0",
@@ -30,6 +30,7 @@ setup(
         "wandb>=0.19",
         "rich>=13",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "pyyaml>=6",
         "pyarrow>=18",
         "silero-vad>=6",

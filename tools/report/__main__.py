@@ -54,18 +54,21 @@ def render(run: RunDir, samples: int, sample_bytes: int) -> str:
     if not any(path.exists() for path in (run.config, run.metrics, run.status)):
         raise RunError(f"{run.root} is no run: it holds neither config.yaml nor metrics.jsonl; give runs/ID")
     history = read_history(run.metrics)
-    facts = read_facts(run, history.steps, samples, sample_bytes)
+    facts = read_facts(run, history.done, samples, sample_bytes)
     _tell_missing(facts, history.records, history.unreadable, dict(history.not_finite))
     drawn = make_charts(history, facts.resumed)
-    parts = {"Samples": facts.clips, **drawn, "Events": facts.events or facts.attempts, "Checkpoints": facts.checkpoints,
-             "Data": facts.datasets, "Layout": facts.layout, "Config": facts.config, "Missing": facts.missing}  # fmt: skip
+    parts = {
+        "Samples": facts.clips, **drawn, "Events": facts.events or facts.attempts, "Checkpoints": facts.checkpoints,
+        "Data": facts.datasets, "Layout": facts.layout, "Config": facts.config, "Missing": facts.missing,
+    }  # fmt: skip
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["clock_time"] = lambda when: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
     return environment.get_template("page.html").render(
-        facts=facts, charts=drawn, timeline=make_timeline(facts), sections=[name for name, part in parts.items() if part],
-        thinned=any(curve.thinned for curve in history.curves.values()), most_events=MOST_EVENTS,
+        facts=facts, charts=drawn, timeline=make_timeline(facts), most_events=MOST_EVENTS,
+        sections=[name for name, part in parts.items() if part],
+        thinned=any(curve.thinned for curve in history.curves.values()),
         described=f"{run.root.absolute()}, looked at on {time.strftime('%Y-%m-%d at %H:%M')}",
         css=Markup((HERE / "page.css").read_text()), script=Markup((HERE / "page.js").read_text()),
         left=charts.LEFT, top=charts.TOP, plot_width=charts.WIDTH, plot_height=charts.HEIGHT,

@@ -22,6 +22,7 @@ SMOOTHING = 0.04  # of the points: width of the window
 OUTLIERS = 0.5  # percent of the points at either end that may lie outside of the axis
 MOST_CURVES = 12  # in one chart
 COLOURS = 8
+MEANING = {"valid/": 2, "high": 0, "low": 1, "bridge": 4, "audio": 3, "tower": 5}  # word in a name -> its colour
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ KINDS = (
     Kind("Optimization", "Update to weight", r"train/update.*"),
     Kind("Optimization", "Learning rate", r"train/lr.*", zero=True),
     Kind("Optimization", "Bridge: what it adds to the stream", r"train/bridge.*", zero=True),
-    Kind("Speed", "Tokens a second", r"perf/tokens.*", zero=True),
-    Kind("Speed", "Clips a second", r"perf/clips.*", zero=True),
-    Kind("Speed", "MFU and HFU", r"perf/(mfu|hfu).*", zero=True),
-    Kind("Speed", "Time of a step", r"perf/step_time", "s", zero=True),
-    Kind("Speed", "Waiting", r"perf/.*(wait|stall).*", "s", zero=True),
-    Kind("Memory", "Memory", r"perf/(memory|mem|rss).*", zero=True),
+    Kind("Speed and memory", "Tokens a second", r"perf/tokens.*", zero=True),
+    Kind("Speed and memory", "Clips a second", r"perf/clips.*", zero=True),
+    Kind("Speed and memory", "MFU and HFU", r"perf/(mfu|hfu).*", zero=True),
+    Kind("Speed and memory", "Time of a step", r"perf/step_time", "s", zero=True),
+    Kind("Speed and memory", "Waiting", r"perf/.*(wait|stall).*", "s", zero=True),
+    Kind("Speed and memory", "Memory", r"perf/(memory|mem|rss).*", zero=True),
 )
-SECTIONS = {"train": "Optimization", "valid": "Losses", "perf": "Speed", "data": "Data seen"}
-ORDER = ("Losses", "Optimization", "Speed", "Memory", "Data seen", "Other metrics")
+SECTIONS = {"train": "Optimization", "valid": "Losses", "perf": "Speed and memory", "data": "Data seen"}
+ORDER = ("Losses", "Optimization", "Speed and memory", "Data seen", "Other metrics")
 
 
 @dataclass
@@ -107,17 +108,29 @@ def _chart(kind: Kind, curves: list[Curve], steps: int, resumed: Sequence[int]) 
     shown = curves[:MOST_CURVES]
     low, high = _limits(shown, kind.zero)
     lines, outside = [], 0
-    for number, curve in enumerate(shown):
-        lines.append(_line(curve, number % COLOURS, steps, low, high))
+    for curve, colour in zip(shown, _colours([one.name for one in shown])):
+        lines.append(_line(curve, colour, steps, low, high))
         outside += int(((curve.high > high) | (curve.low < low)).sum())
+    read = [_readout(curve) | {"colour": line.colour} for curve, line in zip(shown, lines)]
     return Chart(
         kind.section, kind.title, kind.unit, lines,
         [(_x(tick, steps), short(tick)) for tick in ticks(0, steps - 1, 6) if tick == int(tick)],
         [(_y(tick, low, high), short(tick)) for tick in ticks(low, high, 4)],
         [round(_x(step, steps), 1) for step in resumed if 0 <= step < steps],
         outside, len(curves) - len(shown),
-        {"steps": steps, "low": low, "high": high, "lines": [_readout(curve) for curve in shown]},
+        {"steps": steps, "lines": read},
     )  # fmt: skip
+
+
+def _colours(names: list[str]) -> list[int]:
+    """A colour a curve: that of what it means where no other curve of the chart has it, else the next free one."""
+    mixed = not all(name.startswith("valid/") for name in names)  # validation beside training
+    taken: list[int] = []
+    for name in names:
+        meant = [colour for word, colour in MEANING.items() if word in name and (mixed or word != "valid/")]
+        free = [colour for colour in [*meant, *range(COLOURS)] if colour not in taken]
+        taken.append(free[0] if free else len(taken) % COLOURS)
+    return taken
 
 
 def _limits(curves: list[Curve], zero: bool) -> tuple[float, float]:

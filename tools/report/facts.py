@@ -107,7 +107,7 @@ def read_facts(run: RunDir, steps: int, most_clips: int, most_bytes: int) -> Fac
     facts.attempts = _attempts(run, facts)
     facts.checkpoints = _checkpoints(run, facts)
     _data(config, facts)
-    _layout(config, status, run, facts)
+    _layout(config, status, facts)
     _clips(run, facts, most_clips, most_bytes)
     asked = config.get("steps")
     first = facts.attempts[0].begin if facts.attempts else None
@@ -145,7 +145,9 @@ def _config(run: RunDir, facts: Facts) -> dict[str, Any]:
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in config.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", f"{value}")]
+        rows += (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", f"{value}")]
+        )
     return rows
 
 
@@ -174,7 +176,9 @@ def _attempts(run: RunDir, facts: Facts) -> list[Attempt]:
     found: list[Attempt] = []
     for line in record.read():
         if line["event"] == "begin":
-            found.append(Attempt(line["time"], None, "", line["step"], None, f"{line.get('job')} on {line.get('nodes')}"))
+            found.append(
+                Attempt(line["time"], None, "", line["step"], None, f"{line.get('job')} on {line.get('nodes')}")
+            )
         elif line["event"] == "end" and found and found[-1].end is None:
             one = found[-1]
             found[-1] = Attempt(one.begin, line["time"], line["ended"], one.first, line["step"], one.where)
@@ -201,6 +205,7 @@ def _checkpoints(run: RunDir, facts: Facts) -> list[dict[str, Any]]:
     try:
         state = json.loads((committed(run.checkpoints)[-1] / STATE).read_text())
         rows[-1]["note"] = f"{len(state['data']['quarantine']):,} samples in quarantine"
+        rows[-1]["layout"] = f"{state['layout']}; torch {state['torch']}"
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         pass
     return rows
@@ -230,9 +235,11 @@ def _data(config: dict[str, Any], facts: Facts) -> None:
             facts.missing.append(f"dataset {place} ({use}): {error}")
 
 
-def _layout(config: dict[str, Any], status: dict[str, Any], run: RunDir, facts: Facts) -> None:
+def _layout(config: dict[str, Any], status: dict[str, Any], facts: Facts) -> None:
     if status.get("layout"):
         facts.layout.append(("this attempt", str(status["layout"])))
+    if facts.checkpoints and facts.checkpoints[-1].get("layout"):
+        facts.layout.append(("of the last checkpoint", facts.checkpoints[-1]["layout"]))
     facts.layout += [(f"parallel.{key}", str(value)) for key, value in config.get("parallel", {}).items()]
     if not facts.layout:
         facts.missing.append("layout: neither status.json nor config.yaml tells of it")

@@ -43,10 +43,12 @@ class Curve:
 
 @dataclass
 class History:
-    """What metrics.jsonl holds. `steps`: of the axis, last step + 1; `not_finite`: {metric: values that were null}."""
+    """What metrics.jsonl holds. `steps`: of the axis, the last step + 1; `done`: updates that were made, which a record of
+    training at step s means as s + 1, one of validation as s; `not_finite`: {metric: values that were null}."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     steps: int = 0
+    done: int = 0
     records: int = 0
     unreadable: int = 0
     not_finite: Counter[str] = field(default_factory=Counter)
@@ -111,6 +113,7 @@ def read_history(path: Path, width: int = WIDTH) -> History:
                 history.unreadable += 1
                 continue
             history.records += 1
+            history.done = max(history.done, step + any(name.startswith("train/") for name in record))
             for name, value in _curves_of(record):
                 if value is None or not math.isfinite(value):
                     history.not_finite[name] += 1

@@ -29,7 +29,7 @@
       head.textContent = "step " + step.toLocaleString("en");
       const rows = data.lines.map((line, i) => {
         const row = document.createElement("div"), dot = document.createElement("i"), value = document.createElement("b");
-        dot.className = "c" + i % 8;
+        dot.className = "c" + line.colour;
         const place = places[i], range = line.least && line.least[place] !== line.most[place]
           ? ` (${show(line.least[place])} to ${show(line.most[place])})` : "";
         value.textContent = show(line.mean[place]) + range + (steps[i] === step ? "" : ` at ${steps[i].toLocaleString("en")}`);
