@@ -40,6 +40,7 @@ from data.index import DatasetIndex
 from data.stages import encode_condition
 from data.synthesize import encode_mp4
 from data.window import Geometry
+from model.joint import JointTransformer
 from model.sampler import SamplerConfig, sample
 from train.errors import RunError
 from train.generation import WholeField, find_checkpoint, load_model
@@ -110,7 +111,13 @@ def noise_of(seed: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 def make_clips(config: SampleConfig, layout: Layout) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """(pixels [3, F, H, W] in -1..1, sound [samples]) of each clip, and frames a second. The same on every rank."""
-    model, run = load_model(find_checkpoint(Path(config.checkpoint)), config.parallel, layout)
+    return clips_of(*load_model(find_checkpoint(Path(config.checkpoint)), config.parallel, layout), config, layout)
+
+
+def clips_of(
+    model: JointTransformer, run: dict[str, Any], config: SampleConfig, layout: Layout
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """As `make_clips`, with a model that is loaded already; `run`: the config of its run."""
     geometry = geometry_of(config, run)
     given_video, given_audio, first_frame = _given(config, geometry)
     bucket, device = geometry.bucket(True, True), layout.device

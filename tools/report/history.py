@@ -43,8 +43,8 @@ class Curve:
 
 @dataclass
 class History:
-    """What metrics.jsonl holds. `steps`: of the axis, the last step + 1; `done`: updates that were made, which a record of
-    training at step s means as s + 1, one of validation as s; `not_finite`: {metric: values that were null}."""
+    """What metrics.jsonl holds. `steps`: of the axis, the last step + 1; `done`: updates that were made (a record of
+    training tells of the update after its step, one of validation of those before); `not_finite`: {metric: nulls}."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     steps: int = 0
