@@ -2,10 +2,12 @@
 
     python -m data.synthesize output=clips clips=200
 
-Three kinds: a ball that bounces with independent hop durations, two balls that collide with each other and with the
-walls, and a ticking pendulum. Pitch follows hue, loudness follows the speed of the impact. Beside `clip-000000.mp4`
-lie `clip-000000.json` (the truth: events in seconds, kind, colour, pitch) and `clip-000000.txt` (a caption).
-A clip is a pure function of (settings, seed, its number); finished clips are kept when the command runs again.
+Kinds: a ball that bounces with independent hop durations, two balls that collide with each other and with the walls,
+and a ticking pendulum. Pitch follows hue, loudness follows the speed of the impact. `kinds=[juggle]` gives two or three
+bouncing balls at once, each with a voice of its own: a colour, a size and a pitch that belong together. Beside
+`clip-000000.mp4` lie `clip-000000.json` (the truth: events in seconds with their pitch, kind, colour) and
+`clip-000000.txt` (a caption). A clip is a pure function of (settings, seed, its number); finished clips are kept when
+the command runs again.
 """
 
 import colorsys
@@ -13,9 +15,10 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.errors import DataError
 
-KINDS = ("bounce", "collide", "tick")
+KINDS = ("bounce", "collide", "tick", "juggle")
 VERSION = 1  # raised whenever the same settings give other clips
 GAPS = (0.45, 1.0)  # seconds between events: far enough apart that each is heard alone
 EDGES = (0.12, 0.14)  # no event that close to the start or the end: half of it would be cut off
@@ -39,6 +42,8 @@ HUES = 0.8  # of the circle, so that the lowest and the highest pitch have diffe
 THUMP = 45.0  # Hz: beside the tone, it makes the sign of the lowest coefficients predictable from the picture
 BACKGROUND = np.array([62, 64, 72], dtype=np.float64)
 FURNITURE = np.array([150, 150, 158], dtype=np.float64)
+# (hue, radius in pixels, Hz) of the balls of a juggled clip; no pitch lies near a multiple of another one
+VOICES = ((0.0, 9.0, 300.0), (0.16, 8.0, 420.0), (0.36, 7.0, 560.0), (0.62, 6.0, 760.0))
 SOFT = 1.5  # px over which the edge of a ball fades
 COLOURS = (
     (0.04, "red"),
@@ -63,12 +68,13 @@ class SynthesizeConfig:
     height: int = 64  # pixels
     width: int = 64
     sample_rate: int = 48000  # of the sound; 48000 or 16000
+    kinds: list[str] = field(default_factory=lambda: list(KINDS[:3]))  # clips take them in turn
     workers: int = 0  # processes; 0 = one a core
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is random in one clip. Lengths are in pixels, times in seconds, angles in radians."""
+    """All that is random of one object, or pair, in a clip; pixels, seconds, radians."""
 
     kind: str
     hue: float
@@ -78,6 +84,9 @@ class Scene:
     impacts: tuple[float, ...]  # times of all turning points, the first before 0 and the last after the end
     position: float  # bounce: x at time 0; collide: y of the balls; tick: the pendulum's amplitude
     drift: float  # bounce: px/s sideways
+    left: float = 0.0  # bounce: the object keeps to `room` pixels from here on
+    room: float = 0.0
+    volume: float = 1.0  # of its sound
 
     def events(self, seconds: float) -> list[dict[str, float]]:
         """Events inside the clip: time, pitch (Hz), loudness (0..1, by the speed of the impact)."""
@@ -87,30 +96,66 @@ class Scene:
                 gap = time - before
                 # a ball hits the floor with speed g·gap/2; the others cross a fixed distance in that time
                 loudness = gap / GAPS[1] if self.kind == "bounce" else GAPS[0] / gap
-                found.append({"time": time, "pitch": self.pitch, "loudness": loudness})
+                found.append({"time": time, "pitch": self.pitch, "loudness": self.volume * loudness})
         return found
 
 
-def draw_scene(seed: int, number: int, seconds: float, height: int, width: int) -> Scene:
-    """The scene of clip `number`. DataError when the clip is too short for an event."""
+def draw_scenes(seed: int, number: int, seconds: float, height: int, width: int, kind: str) -> list[Scene]:
+    """What moves in clip `number`. DataError when the clip is too short for an event."""
     random = np.random.Generator(np.random.Philox(key=[seed % 2**64, number]))
-    kind = KINDS[number % len(KINDS)]
-    hue = random.uniform(0, HUES)
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65, 0.95)
+    if kind != "juggle":
+        return [_draw_scene(random, seconds, height, width, kind)]
     unit = min(height, width) / 64
-    radius = unit * (random.uniform(9, 11) if kind != "collide" else random.uniform(7.5, 9))
-    tick = random.uniform(*GAPS)
+    voices = random.permutation(len(VOICES))[: random.integers(2, 4)]
+    room = width / len(voices)
+    return [_draw_voice(random, seconds, int(voice), lane * room, room, unit) for lane, voice in enumerate(voices)]
+
+
+def _draw_voice(
+    random: np.random.Generator, seconds: float, voice: int, left: float, room: float, unit: float
+) -> Scene:
+    hue, radius, pitch = VOICES[voice]
+    radius *= unit
+    return Scene(
+        kind="bounce",
+        hue=hue,
+        colour=_colour(hue),
+        pitch=pitch,
+        radius=radius,
+        impacts=_draw_impacts(random, seconds, regular=False),
+        position=random.uniform(radius, room - radius),
+        drift=random.uniform(-8, 8) * unit,
+        left=left,
+        room=room,
+        volume=0.5,  # all at once stay within -1..1, nearly always
+    )
+
+
+def _draw_impacts(random: np.random.Generator, seconds: float, regular: bool) -> tuple[float, ...]:
+    """Turning points, evenly spaced or each at its own distance. DataError when the clip is too short."""
+    gap = random.uniform(*GAPS)
     for _ in range(1000):
-        times = [-tick * random.uniform(0, 1)]
+        times = [-gap * random.uniform(0, 1)]
         while times[-1] <= seconds:
-            times.append(times[-1] + (tick if kind == "tick" else random.uniform(*GAPS)))
+            times.append(times[-1] + (gap if regular else random.uniform(*GAPS)))
         if random.uniform(0, 1) < 0.5:  # pendulum and balls then begin the other way round
-            times.insert(0, times[0] - tick)
+            times.insert(0, times[0] - gap)
         inside = [time for time in times if 0 <= time <= seconds]
         if inside and inside[0] >= EDGES[0] and inside[-1] <= seconds - EDGES[1]:
-            break
-    else:
-        raise DataError(f"clips of {seconds:.2f} s are too short for events {GAPS[0]} s apart; give more frames")
+            return tuple(times)
+    raise DataError(f"clips of {seconds:.2f} s are too short for events {GAPS[0]} s apart; give more frames")
+
+
+def _colour(hue: float) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65, 0.95)
+    return (round(255 * red), round(255 * green), round(255 * blue))
+
+
+def _draw_scene(random: np.random.Generator, seconds: float, height: int, width: int, kind: str) -> Scene:
+    hue = random.uniform(0, HUES)
+    unit = min(height, width) / 64
+    radius = unit * (random.uniform(9, 11) if kind != "collide" else random.uniform(7.5, 9))
+    impacts = _draw_impacts(random, seconds, regular=kind == "tick")
     position = {
         "bounce": random.uniform(radius, width - radius),
         "collide": random.uniform(1.5 * radius, height - 1.5 * radius),
@@ -119,12 +164,13 @@ def draw_scene(seed: int, number: int, seconds: float, height: int, width: int) 
     return Scene(
         kind=kind,
         hue=hue,
-        colour=(round(255 * red), round(255 * green), round(255 * blue)),
+        colour=_colour(hue),
         pitch=PITCHES[0] * (PITCHES[1] / PITCHES[0]) ** (hue / HUES),
         radius=radius,
-        impacts=tuple(times),
+        impacts=impacts,
         position=position,
         drift=random.uniform(-8, 8) * unit,
+        room=width,
     )
 
 
@@ -137,9 +183,11 @@ def balls_at(scene: Scene, time: float, height: int, width: int) -> list[tuple[f
     if scene.kind == "bounce":
         reach = height - 2 * scene.radius - 6 * unit  # of the longest hop: all hops have one gravity
         rise = 4 * reach * ((end - start) / GAPS[1]) ** 2 * part * (1 - part)
-        room = width - 2 * scene.radius
+        room = scene.room - 2 * scene.radius
         x = (scene.position - scene.radius + scene.drift * time) % (2 * room)
-        return [(scene.radius + (x if x <= room else 2 * room - x), height - 3 * unit - scene.radius - rise)]
+        return [
+            (scene.left + scene.radius + (x if x <= room else 2 * room - x), height - 3 * unit - scene.radius - rise)
+        ]
     if scene.kind == "collide":  # the balls meet at odd impacts and touch the walls at even ones
         part = part if number % 2 else 1 - part
         wall = scene.radius + 2 * unit
@@ -151,11 +199,18 @@ def balls_at(scene: Scene, time: float, height: int, width: int) -> list[tuple[f
     return [(width / 2 + length * np.sin(angle), 2 * unit + length * np.cos(angle) + scene.radius)]
 
 
-def draw_frame(scene: Scene, time: float, height: int, width: int) -> np.ndarray:
+def draw_frame(scenes: Sequence[Scene], time: float, height: int, width: int) -> np.ndarray:
     """The picture at `time`: [H, W, 3] uint8, edges antialiased."""
+    picture = np.broadcast_to(BACKGROUND, (height, width, 3)).copy()
+    for scene in scenes:
+        _draw(picture, scene, time)
+    return np.round(picture).astype(np.uint8)
+
+
+def _draw(picture: np.ndarray, scene: Scene, time: float) -> None:
+    height, width = picture.shape[:2]
     y, x = np.mgrid[0:height, 0:width] + 0.5
     unit = min(height, width) / 64
-    picture = np.broadcast_to(BACKGROUND, (height, width, 3)).copy()
     centres = balls_at(scene, time, height, width)
     if scene.kind == "bounce":
         _blend(picture, FURNITURE, np.clip(y - (height - 3 * unit) + 0.5, 0, 1))
@@ -169,24 +224,33 @@ def draw_frame(scene: Scene, time: float, height: int, width: int) -> np.ndarray
     for shade, (centre_x, centre_y) in zip((1.0, 0.75), centres, strict=False):
         distance = np.hypot(x - centre_x, y - centre_y)
         _blend(picture, np.array(scene.colour) * shade, np.clip((scene.radius - distance) / SOFT + 0.5, 0, 1))
-    return np.round(picture).astype(np.uint8)
 
 
-def make_sound(scene: Scene, seconds: float, sample_rate: int) -> np.ndarray:
+def events_of(scenes: Sequence[Scene], seconds: float) -> list[dict[str, float]]:
+    """The events of all objects, in the order of time."""
+    return sorted((event for scene in scenes for event in scene.events(seconds)), key=lambda event: event["time"])
+
+
+def make_sound(scenes: Sequence[Scene], seconds: float, sample_rate: int) -> np.ndarray:
     """The sound of the clip: [samples] float32 in [-1, 1], mono."""
     time = np.arange(round(seconds * sample_rate)) / sample_rate
     sound = np.zeros_like(time)
-    for event in scene.events(seconds):
+    for event in events_of(scenes, seconds):
         after = np.maximum(time - event["time"], 0)
         tone = np.sin(2 * np.pi * event["pitch"] * after) * np.exp(-after / 0.10)
         thump = np.sin(2 * np.pi * THUMP * after) * np.exp(-after / 0.07)
         sound += event["loudness"] * (0.4 * tone + 0.5 * thump)
-    return sound.astype(np.float32)
+    return sound.clip(-1, 1).astype(np.float32)
 
 
-def describe(scene: Scene) -> str:
-    """A caption that names kind, size, colour and pitch."""
-    colour = next(name for bound, name in COLOURS if scene.hue <= bound)
+def describe(scenes: Sequence[Scene]) -> str:
+    """A caption that names kind, colour and pitch."""
+    if len(scenes) > 1:
+        colours = [colour_name(scene.hue) for scene in scenes]
+        named = ", ".join(f"a {colour} one" for colour in colours[:-1]) + f" and a {colours[-1]} one"
+        return f"{len(scenes)} balls bounce on the floor, {named}, each with a tone of its own."
+    scene = scenes[0]
+    colour = colour_name(scene.hue)
     pitch = "low" if scene.pitch < 420 else "high" if scene.pitch > 640 else "middle"
     if scene.kind == "bounce":
         return f"A {colour} ball bounces on the floor, with a thump and a {pitch} tone at each bounce."
@@ -195,30 +259,33 @@ def describe(scene: Scene) -> str:
     return f"A pendulum with a {colour} bob swings and ticks, with a {pitch} tone at each turn."
 
 
+def colour_name(hue: float) -> str:
+    """What a hue (0..1) is called."""
+    return next(name for bound, name in COLOURS if hue <= bound)
+
+
 def write_clip(folder: Path, number: int, config: SynthesizeConfig) -> bool:
     """Make clip `number` and the two files beside it; False when it is there already."""
     path = folder / f"clip-{number:06d}.mp4"
     if path.exists():
         return False  # written last, so the other two are there too
     seconds = config.frames / config.fps
-    scene = draw_scene(config.seed, number, seconds, config.height, config.width)
-    caption = describe(scene)
+    kind = config.kinds[number % len(config.kinds)]
+    scenes = draw_scenes(config.seed, number, seconds, config.height, config.width, kind)
+    caption = describe(scenes)
     truth: dict[str, Any] = {
-        "kind": scene.kind,
+        "kind": kind,
         "seed": config.seed,
         "number": number,
         "seconds": seconds,
         "fps": config.fps,
         "frames": config.frames,
-        "events": scene.events(seconds),
-        "colour": scene.colour,
-        "hue": scene.hue,
-        "pitch": scene.pitch,
-        "radius": scene.radius,
+        "events": events_of(scenes, seconds),
+        "objects": [{name: getattr(scene, name) for name in ("colour", "hue", "pitch", "radius")} for scene in scenes],
         "caption": caption,
     }
-    frames = [draw_frame(scene, i / config.fps, config.height, config.width) for i in range(config.frames)]
-    sound = make_sound(scene, seconds, config.sample_rate)
+    frames = [draw_frame(scenes, i / config.fps, config.height, config.width) for i in range(config.frames)]
+    sound = make_sound(scenes, seconds, config.sample_rate)
     _write_text(path.with_suffix(".json"), json.dumps(truth, indent=1) + "\n")
     _write_text(path.with_suffix(".txt"), caption + "\n")
     unfinished = path.with_name(f".{path.name}.partial")
@@ -260,6 +327,9 @@ def synthesize(config: SynthesizeConfig) -> Path:
         raise DataError(f"height={config.height} width={config.width}: each must be even and at least 16 (H.264)")
     if config.sample_rate not in (16000, 48000):
         raise DataError(f"sample_rate={config.sample_rate}: choose 16000 or 48000")
+    unknown = sorted(set(config.kinds) - set(KINDS))
+    if unknown or not config.kinds:
+        raise DataError(f"kinds={config.kinds}: choose from {', '.join(KINDS)}")
     folder = Path(config.output)
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "clips", "workers")}
     settings["version"] = VERSION
@@ -268,7 +338,8 @@ def synthesize(config: SynthesizeConfig) -> Path:
         raise DataError(
             f"{folder} holds clips of other settings ({record}: {record.read_text()}); choose another output"
         )
-    draw_scene(config.seed, 0, config.frames / config.fps, config.height, config.width)  # fails early, in this process
+    for number, kind in enumerate(config.kinds):  # fails early, in this process
+        draw_scenes(config.seed, number, config.frames / config.fps, config.height, config.width, kind)
     folder.mkdir(parents=True, exist_ok=True)
     _write_text(record, json.dumps(settings))
     columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.codec import audio, text, video
-from data.synthesize import draw_frame, draw_scene, make_sound
+from data.synthesize import KINDS, draw_frame, draw_scenes, make_sound
 
 SECONDS = 49 / 24
 COUNT = 9  # three of each kind
@@ -17,16 +17,16 @@ COUNT = 9  # three of each kind
 def pictures() -> list[torch.Tensor]:
     clips = []
     for number in range(COUNT):
-        scene = draw_scene(7, number, SECONDS, 64, 64)
-        frames = torch.stack([torch.from_numpy(draw_frame(scene, i / 24, 64, 64)) for i in range(49)])
+        scenes = draw_scenes(7, number, SECONDS, 64, 64, KINDS[number % 3])
+        frames = torch.stack([torch.from_numpy(draw_frame(scenes, i / 24, 64, 64)) for i in range(49)])
         clips.append(frames.permute(3, 0, 1, 2).float() / 127.5 - 1)
     return clips
 
 
 @pytest.fixture(scope="module")
 def sounds() -> list[torch.Tensor]:
-    scenes = [draw_scene(7, number, SECONDS, 64, 64) for number in range(COUNT)]
-    return [torch.from_numpy(make_sound(scene, SECONDS, 16000)) for scene in scenes]
+    clips = [draw_scenes(7, number, SECONDS, 64, 64, KINDS[number % 3]) for number in range(COUNT)]
+    return [torch.from_numpy(make_sound(scenes, SECONDS, 16000)) for scenes in clips]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

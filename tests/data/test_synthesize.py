@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.decode import SAMPLE_RATE, open_media
 from data.errors import DataError
-from data.synthesize import SynthesizeConfig, draw_scene, synthesize
+from data.synthesize import VOICES, SynthesizeConfig, balls_at, draw_scenes, synthesize
 
 CLIPS = 12
 
@@ -78,7 +79,7 @@ def test_the_picture_turns_within_a_frame_of_the_truth(folder: Path) -> None:
             frames = (media.frames(0.0, 49, 24, 64, 64).permute(1, 2, 3, 0).numpy() + 1) * 127.5
         if record["kind"] == "collide":
             frames = frames[:, :, :32]  # the left ball
-        track = centres(frames, record["colour"])[:, 1 if record["kind"] == "bounce" else 0]
+        track = centres(frames, record["objects"][0]["colour"])[:, 1 if record["kind"] == "bounce" else 0]
         found = turns(track, record["kind"], 24)
         for time in truth:
             assert min(abs(time - turn) for turn in found) < 1 / 24, (path.name, record["kind"], truth, found)
@@ -89,13 +90,13 @@ def test_the_picture_turns_within_a_frame_of_the_truth(folder: Path) -> None:
 def test_all_kinds_and_captions(folder: Path) -> None:
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("clip-*.json"))]
     assert {record["kind"] for record in records} == {"bounce", "collide", "tick"}
-    assert len({record["pitch"] for record in records}) == CLIPS
+    assert len({record["objects"][0]["pitch"] for record in records}) == CLIPS
     for number, record in enumerate(records):
         assert (folder / f"clip-{number:06d}.txt").read_text().strip() == record["caption"]
         times = [event["time"] for event in record["events"]]
         assert times and times[0] >= 0.12 and times[-1] <= record["seconds"] - 0.14
         assert all(later - earlier >= 0.4499 for earlier, later in zip(times, times[1:], strict=False))
-        assert 300 <= record["pitch"] <= 900
+        assert 300 <= record["objects"][0]["pitch"] <= 900
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -105,7 +106,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_clips_depend_on_seed_and_number_only(folder: Path, tmp_path: Path) -> None:
     again = digests(synthesize(SynthesizeConfig(output=str(tmp_path / "a"), clips=3, seed=5, workers=1)))
     assert again.items() <= digests(folder).items()
-    assert draw_scene(6, 0, 2.0, 64, 64) != draw_scene(5, 0, 2.0, 64, 64)
+    assert draw_scenes(6, 0, 2.0, 64, 64, "bounce") != draw_scenes(5, 0, 2.0, 64, 64, "bounce")
 
 
 def test_running_again_makes_only_what_is_missing(tmp_path: Path) -> None:
@@ -119,8 +120,21 @@ def test_running_again_makes_only_what_is_missing(tmp_path: Path) -> None:
         synthesize(SynthesizeConfig(output=str(tmp_path), clips=2, seed=1, workers=1))
 
 
-@pytest.mark.parametrize("setting", [{"clips": 0}, {"height": 63}, {"frames": 5}, {"sample_rate": 44100}])
-def test_settings_that_cannot_be_met_are_named(setting: dict[str, int], tmp_path: Path) -> None:
+def test_juggled_balls_have_voices_and_lanes_of_their_own() -> None:
+    for number in range(20):
+        scenes = draw_scenes(3, number, 49 / 24, 64, 64, "juggle")
+        voices = [(scene.hue, scene.radius, scene.pitch) for scene in scenes]
+        assert len(scenes) in (2, 3) and set(voices) <= set(VOICES) and len(set(voices)) == len(voices)
+        for time in np.arange(49) / 24:
+            places = [(scene, *balls_at(scene, float(time), 64, 64)[0]) for scene in scenes]
+            for scene, x, _ in places:
+                assert scene.left <= x - scene.radius and x + scene.radius <= scene.left + scene.room
+
+
+@pytest.mark.parametrize(
+    "setting", [{"clips": 0}, {"height": 63}, {"frames": 5}, {"sample_rate": 44100}, {"kinds": ["fly"]}]
+)
+def test_settings_that_cannot_be_met_are_named(setting: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=next(iter(setting)) if "frames" not in setting else "more frames"):
         synthesize(SynthesizeConfig(**{"output": str(tmp_path / "x"), "clips": 1, "workers": 1, **setting}))  # type: ignore
     assert not (tmp_path / "x").exists()
