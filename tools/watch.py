@@ -48,10 +48,9 @@ from train.generation import load_model
 from train.guard import on_first_rank
 from train.mesh import Layout, ParallelConfig, make_layout, start_process_group
 from train.run_dir import RunDir
-from train.samples import Sample, add_samples, folder_of, read_samples
+from train.samples import Sample, add_samples, folder_of, held_out_file, read_samples
 
 KINDS = ("text", "image", "picture", "sound")
-GIVEN = "held-out"  # folder of the clips of the held-out set, as their latents decode
 LOCK = ".watch-lock"
 PINNED = ".pinned"  # folder of the checkpoint at work
 
@@ -141,7 +140,7 @@ def orders_of(config: WatchConfig, run: RunDir) -> list[Order]:
             raise RunError(f"held-out set {place} has no clip with picture and sound: give kinds=[] and prompts=[...]")
         for row in rows[: config.clips]:
             key, caption = index.key(row), caption_of(index, row)
-            given = str(_write_given(index, row, folder_of(run.root) / GIVEN / f"{key}.mp4"))
+            given = str(_write_given(index, row, held_out_file(run.root, key)))
             bucket = index.bucket_of(row)
             geometry = (1 + 4 * (bucket.frames - 1), 8 * bucket.height, 8 * bucket.width, bucket.fps)
             orders += [Order(f"{kind}-{key}", kind, caption, key, given, geometry) for kind in config.kinds]

@@ -1,6 +1,7 @@
 """Clips that were made from the checkpoints of a run, and the record of them.
 
     runs/<id>/samples/step-00001000/0-text.mp4      one clip
+    runs/<id>/samples/held-out/KEY.mp4              a held-out clip that was given, as its latents decode
     runs/<id>/samples/samples.jsonl                 one line a clip, written once the clip lies there whole
 
 `python -m tools.watch` writes them while the run goes on; the report shows them, and so can whatever else follows a run
@@ -41,6 +42,11 @@ class Sample:
 def folder_of(run: Path) -> Path:
     """Where the clips of a run directory lie."""
     return run / "samples"
+
+
+def held_out_file(run: Path, key: str) -> Path:
+    """Where the held-out clip lies that clips with this `source` were given."""
+    return folder_of(run) / "held-out" / f"{key}.mp4"
 
 
 def read_samples(run: Path) -> list[Sample]:

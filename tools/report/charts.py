@@ -123,14 +123,16 @@ def _chart(kind: Kind, curves: list[Curve], steps: int, resumed: Sequence[int]) 
 
 
 def _colours(names: list[str]) -> list[int]:
-    """A colour a curve: that of what it means where no other curve of the chart has it, else the next free one."""
+    """A colour a curve: that of what it means where no curve before has it, for the others what is left."""
     mixed = not all(name.startswith("valid/") for name in names)  # validation beside training
-    taken: list[int] = []
+    chosen: dict[str, int] = {}
     for name in names:
         meant = [colour for word, colour in MEANING.items() if word in name and (mixed or word != "valid/")]
-        free = [colour for colour in [*meant, *range(COLOURS)] if colour not in taken]
-        taken.append(free[0] if free else len(taken) % COLOURS)
-    return taken
+        if meant and meant[0] not in chosen.values():
+            chosen[name] = meant[0]
+    free = [colour for colour in range(COLOURS) if colour not in chosen.values()]
+    others = iter(free + list(range(COLOURS)) * 2)
+    return [chosen[name] if name in chosen else next(others) for name in names]
 
 
 def _limits(curves: list[Curve], zero: bool) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from launch.attempts import Attempts
 from launch.status import clock
 from train.checkpoint import STATE, committed, damage, step_of
 from train.run_dir import RunDir
-from train.samples import folder_of, read_samples
+from train.samples import folder_of, held_out_file, read_samples
 
 MOST_EVENTS = 400  # rows of the table, and marks on the time axis; the newest
 WORDS = {"event", "step", "time"}  # of an event's line; the others are its details
@@ -81,6 +81,7 @@ class Facts:
     config: list[tuple[str, str]] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
     clips_left_out: int = 0
+    held_out: list[Clip] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -135,7 +136,7 @@ def _config(run: RunDir, facts: Facts) -> dict[str, Any]:
     try:
         config = yaml.safe_load(run.config.read_text())
         assert isinstance(config, dict)
-    except (OSError, yaml.YAMLError, AssertionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, AssertionError) as error:
         facts.missing.append(f"config.yaml: {error or 'it holds no keys'}")
         return {}
     facts.config = list(_flat(config))
@@ -174,7 +175,12 @@ def _attempts(run: RunDir, facts: Facts) -> list[Attempt]:
         facts.missing.append("attempts.jsonl: when the run was started (only python -m launch writes it)")
         return []
     found: list[Attempt] = []
-    for line in record.read():
+    try:
+        lines = [line for line in record.read() if isinstance(line, dict)]
+    except ValueError as error:
+        facts.missing.append(f"attempts.jsonl: {error}")
+        return []
+    for line in lines:
         if line["event"] == "begin":
             found.append(
                 Attempt(line["time"], None, "", line["step"], None, f"{line.get('job')} on {line.get('nodes')}")
@@ -251,13 +257,26 @@ def _clips(run: RunDir, facts: Facts, most: int, most_bytes: int) -> None:
         facts.missing.append("samples: none was made (python -m tools.watch makes them while a run goes on)")
     room = most_bytes
     for sample in reversed(samples[-most:] if most else []):  # the newest first
-        try:
-            content = (folder_of(run.root) / sample.file).read_bytes()
-        except OSError:
-            continue
-        if len(content) > room:
+        url = _data_url(folder_of(run.root) / sample.file, room)
+        if url is None:
             break
-        room -= len(content)
-        url = "data:video/mp4;base64," + base64.b64encode(content).decode()
+        room -= len(url)
         facts.clips.append(Clip(sample.step, sample.file, sample.kind, sample.prompt, sample.measures, url))
+    facts.clips.sort(key=lambda clip: (-clip.step, clip.name))
     facts.clips_left_out = len(samples) - len(facts.clips)
+    shown = {clip.name for clip in facts.clips}
+    given = {sample.source: sample.prompt for sample in samples if sample.file in shown and sample.source}
+    for key, prompt in given.items():
+        url = _data_url(held_out_file(run.root, key), room)
+        if url is not None:
+            room -= len(url)
+            facts.held_out.append(Clip(0, key, "held-out", prompt, {}, url))
+
+
+def _data_url(path: Path, most: int) -> str | None:
+    """The file as an address that holds its content, None where it is gone or longer than that."""
+    try:
+        url = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+    except OSError:
+        return None
+    return url if len(url) <= most else None
