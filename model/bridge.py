@@ -22,7 +22,9 @@ CUSTOM_LAYERS = (0, 2, 4, 6, 8, 12, 16, 20)
 class BridgeConfig:
     """Which blocks interact, and how. The defaults are those of the released MOVA-360p.
 
-    `audio_fps`: latent steps of sound a second. ValueError for an unknown strategy.
+    `audio_fps`: latent steps of sound a second. `clock_bias`: what the biases of q and k start from in the half of a
+    head's channels that turns fastest (0, as in the reference: nothing); above 0, picture and sound of the same time
+    attend to each other from the first step. ValueError for an unknown strategy.
     """
 
     head_dim: int = 128
@@ -32,6 +34,7 @@ class BridgeConfig:
     first_frame_bias: bool = False
     pooled_adaln: bool = False
     trainable_condition_scale: bool = False
+    clock_bias: float = 0.0
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from model.attention import Attention, DenseCore
 from model.bridge import Bridge, BridgeConfig, DenseFrameCore, ProbeAttention
 from model.rope import bridge_rotary
-from model.tower import Tower, TowerConfig, patchify, unpatchify
+from model.tower import Tower, TowerConfig, patchify, unpatchify, velocity_patches
 
 EXPERTS = ("high", "low")
+PREDICTIONS = ("velocity", "sample")
+LEAST_NOISE = 0.05  # a noise level below it is taken as this one where a velocity is made from a clean sample
 
 
 @dataclass
@@ -27,6 +29,9 @@ class JointConfig:
     """Sizes of the whole model. `two_experts` adds the expert for low noise beside that for high noise.
 
     `text_length`: rows that a caption is zero-padded to; all of them are attended, as in the reference.
+    `prediction`: what the heads predict: "velocity", as in the reference, or "sample": the clean latents, which a
+    narrow network can hold where it could not hold all of the noise (arXiv 2511.13720). The model's outputs are
+    velocities in both cases.
     ValueError when audio is deeper than video (the reference silently skips the blocks in excess) or video is not.
     """
 
@@ -35,8 +40,11 @@ class JointConfig:
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     two_experts: bool = True
     text_length: int = 512
+    prediction: str = "velocity"
 
     def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"model.prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
         if self.video.rope != "video" or self.audio.rope == "video":
             raise ValueError(
                 f"rope is {self.video.rope!r} for video and {self.audio.rope!r} for audio; see TowerConfig"
@@ -162,11 +170,22 @@ class JointTransformer(nn.Module):
         out = Velocities(None, None)
         if video is not None:
             out.video = tower.project(x, vector)
+            if self.config.prediction == "sample":
+                noisy = velocity_patches(video, tower.config.patch_size)[:, mine]
+                out.video = _velocity(noisy, out.video, t_video)
             if not as_patches:
                 out.video = unpatchify(out.video, grid, tower.config.patch_size)
         if audio is not None:
             out.audio = unpatchify(sound.project(a, vector_a), grid_a, sound.config.patch_size)
+            if self.config.prediction == "sample":
+                out.audio = _velocity(audio, out.audio, t_audio)
         return out
+
+
+def _velocity(noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """(x_t - x_0) / sigma of latents [B, ...] at timesteps t [B] in 0..1000."""
+    sigma = (t.to(clean.dtype) / 1000).clamp(min=LEAST_NOISE).view(-1, 1, 1)
+    return (noisy - clean) / sigma
 
 
 def _all_tokens(count: int) -> slice:

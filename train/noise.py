@@ -27,13 +27,14 @@ def generator(seed: int, purpose: str, sample: int) -> np.random.Generator:
 def draw(batch: Batch, objective: Objective, seed: int) -> Draws:
     """Timesteps, noise and dropouts for a micro-batch; runs off the training thread."""
     expert = objective.expert(batch.step)
-    uniforms = np.array([generator(seed, "scalars", int(n)).random(5) for n in batch.sample_numbers])  # [B, 5]
+    uniforms = np.array([generator(seed, "scalars", int(n)).random(6) for n in batch.sample_numbers])  # [B, 6]
     config = objective.config
     chance = [config.text_dropout, config.image_dropout, config.bridge_dropout]
-    keep = torch.from_numpy((uniforms[:, 2:] >= chance).astype(np.float32))  # [B, 3]
+    keep = torch.from_numpy((uniforms[:, 2:5] >= chance).astype(np.float32))  # [B, 3]
+    t_video, t_audio = objective.timesteps(*torch.from_numpy(uniforms[:, [0, 1, 5]].T), expert)
     return Draws(
-        t_video=objective.video_timestep(torch.from_numpy(uniforms[:, 0]), expert),
-        t_audio=objective.audio_timestep(torch.from_numpy(uniforms[:, 1])),
+        t_video=t_video,
+        t_audio=t_audio,
         noise_video=_normal(seed, "noise_video", batch.sample_numbers, batch.video.shape[1:]),
         noise_audio=_normal(seed, "noise_audio", batch.sample_numbers, batch.audio.shape[1:]),
         keep_text=keep[:, 0],

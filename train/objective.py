@@ -9,6 +9,7 @@ scheduler's table of 1,000 steps is a sampling grid.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ class ObjectiveConfig:
 
     `expert_cycle`: the expert of step k is entry k mod length; a longer list changes the ratio. The paper starts with
     high noise. `boundary`: video timesteps from here on are high noise.
+
+    `hold_video`, `hold_audio`: the shares of samples whose picture or sound is given at zero noise, for the other to be
+    learned from it alone (the first only in steps of the expert for low noise); `pair`: the share with both at one
+    place of their schedules, as sampling has them. The rest is drawn independently, in the paper all.
+    `noise_floor`: the squared errors of samples with a noise level below it count (level / floor)² times (0: all count
+    alike), for networks that predict the clean latents.
     """
 
     shift_video: float = 5.0
@@ -35,8 +42,19 @@ class ObjectiveConfig:
     bridge_dropout: float = 0.1
     boundary: float = 900.0
     expert_cycle: list[str] = field(default_factory=lambda: ["high", "low"])
+    hold_video: float = 0.0
+    hold_audio: float = 0.0
+    pair: float = 0.0
+    noise_floor: float = 0.0
 
     def __post_init__(self) -> None:
+        shares = (self.hold_video, self.hold_audio, self.pair)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                f"objective.hold_video, hold_audio and pair are {shares}; shares are not negative and sum to 1 at most"
+            )
+        if not 0.0 <= self.noise_floor < 1.0:
+            raise ValueError(f"objective.noise_floor is {self.noise_floor}; give a noise level from 0 to below 1")
         for name in ("text_dropout", "image_dropout", "bridge_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"objective.{name} is {getattr(self, name)}; a probability lies in 0..1")
@@ -54,7 +72,10 @@ def shift_sigma(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def unshift_sigma(sigma: float, shift: float) -> float:
+N = TypeVar("N", float, Tensor)
+
+
+def unshift_sigma(sigma: N, shift: float) -> N:
     """The u that `shift_sigma` maps to sigma."""
     return sigma / (shift - (shift - 1) * sigma)
 
@@ -95,6 +116,19 @@ class Objective:
         """Uniform u [B] -> audio timesteps [B] float32."""
         return (1000 * shift_sigma(u.double(), self.config.shift_audio)).float()
 
+    def timesteps(self, u_video: Tensor, u_audio: Tensor, u_kind: Tensor, expert: str) -> tuple[Tensor, Tensor]:
+        """Uniforms [B] float64 -> (t_video, t_audio) [B] float32. A modality that is given has timestep 0."""
+        config = self.config
+        bounds = [config.hold_video, config.hold_video + config.hold_audio]
+        bounds.append(bounds[-1] + config.pair)
+        video_given = (u_kind < bounds[0]) & (self.expert_at(0.0) == expert)
+        audio_given = (u_kind >= bounds[0]) & (u_kind < bounds[1])
+        paired = (u_kind >= bounds[1]) & (u_kind < bounds[2])
+        t_video = self.video_timestep(u_video, expert)
+        place = unshift_sigma(t_video.double() / 1000, config.shift_video)
+        t_audio = self.audio_timestep(torch.where(paired, place, u_audio))
+        return t_video.masked_fill(video_given, 0.0), t_audio.masked_fill(audio_given, 0.0)
+
 
 @dataclass
 class Draws:
@@ -124,6 +158,7 @@ class LossParts:
     share: Tensor  # scalar; the shares of all micro-batches of all ranks sum to the loss
     video: Tensor  # [B] mean squared error over the sample's video
     audio: Tensor  # [B] mean squared error over the sample's audio
+    learned: Tensor  # [2, B] float32: 0 where the sample's video, or audio, is given and nothing is to be predicted
 
 
 def loss_share(
@@ -158,8 +193,12 @@ def loss_share(
     mine = target[:, model.token_range(target.shape[1])]
     mse_video = (out.video - mine).square().flatten(1).sum(1) / target[0].numel()  # [B]
     mse_audio = (out.audio - (draws.noise_audio - audio)).square().flatten(1).mean(1) / sequence_ranks
-    weighted = (
-        config.video_weight * batch.video_weight * mse_video + config.audio_weight * batch.audio_weight * mse_audio
-    )
+    learned = torch.stack((draws.t_video, draws.t_audio)).gt(0).to(batch.weight.dtype)  # [2, B]
+    weight_video = config.video_weight * batch.video_weight * learned[0]
+    weight_audio = config.audio_weight * batch.audio_weight * learned[1]
+    if config.noise_floor > 0:
+        weight_video = weight_video * (sigma_v / config.noise_floor).clamp(max=1).square()
+        weight_audio = weight_audio * (sigma_a / config.noise_floor).clamp(max=1).square()
+    weighted = weight_video * mse_video + weight_audio * mse_audio
     share = (batch.weight * weighted).sum() / batch.total_weight
-    return LossParts(share, mse_video.detach(), mse_audio.detach())
+    return LossParts(share, mse_video.detach(), mse_audio.detach(), learned)

@@ -34,7 +34,8 @@ def build_model(
     model.to(torch.float64 if parallel.compute == "float64" else torch.float32)  # master weights
     place_model(model, parallel, layout, workload)
     model.to_empty(device=layout.device)
-    fill_weights(model, lambda name, p: initial_value(name, tuple(p.shape), seed, config.video.num_layers))
+    depth, bridge = config.video.num_layers, config.bridge
+    fill_weights(model, lambda name, p: initial_value(name, tuple(p.shape), seed, depth, bridge))
     return model
 
 

@@ -56,7 +56,7 @@ def forward_backward(
         backward(parts.share * layout.world, i == len(micro_batches) - 1)
         share = share + parts.share.detach()
         for row, mse, present in ((0, parts.video, batch.video_weight), (1, parts.audio, batch.audio_weight)):
-            weight = batch.weight * present
+            weight = batch.weight * present * parts.learned[row]
             sums[row] += torch.stack([(weight * mse).sum(), weight.sum() / layout.sequence.size])
     return StepLosses(share, sums[0], sums[1], inputs)
 

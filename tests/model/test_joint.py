@@ -13,7 +13,7 @@ from model.convert import LayoutError, load_mova, read_config, save_mova
 from model.init import init_weights, initial_value
 from model.joint import JointConfig, JointTransformer
 from model.rope import bridge_rotary, video_rotary
-from model.tower import TowerConfig
+from model.tower import TowerConfig, velocity_patches
 
 FREQUENCY_INDEX = torch.arange(0, 128, 2, dtype=torch.float64)
 # Recorded once: a change here would change every run that starts from a seed.
@@ -280,3 +280,48 @@ def test_bfloat16_keeps_the_timestep_exact():
     rounded, _ = model.video_dit.embed_time(t.bfloat16().float())
     assert vector.dtype == torch.float32
     assert (vector - rounded).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("as_patches", [False, True])
+def test_a_predicted_sample_becomes_the_velocity_that_leads_to_it(as_patches):
+    x = inputs()
+    x["t_video"], x["t_audio"] = torch.tensor([950.0, 10.0]), torch.tensor([400.0, 0.0])  # also below LEAST_NOISE
+    velocity = filled_model(small_config())
+    sample = filled_model(dataclasses.replace(small_config(), prediction="sample"))
+    clean, out = velocity(**x, as_patches=as_patches), sample(**x, as_patches=as_patches)
+    noisy = velocity_patches(x["video"], (1, 2, 2)) if as_patches else x["video"]
+    for noise, now, aim, t in (
+        (noisy, out.video, clean.video, x["t_video"]),
+        (x["audio"], out.audio, clean.audio, x["t_audio"]),
+    ):
+        for i in range(2):
+            torch.testing.assert_close(noise[i] - max(t[i] / 1000, 0.05) * now[i], aim[i])
+    with pytest.raises(ValueError, match="prediction 'noise'"):
+        dataclasses.replace(small_config(), prediction="noise")
+
+
+def test_with_a_clock_bias_equal_times_attract_from_the_start():
+    """Before any training, sound looks at the picture of its own time; without the bias at all of it alike."""
+    shares = {}
+    for bias in (0.0, 1.0):
+        config = small_config(cross_rope=True, first_frame_bias=True, clock_bias=bias)
+        model = JointTransformer(config)
+        init_weights(model, depth=3)
+        attention = model.dual_tower_bridge.video_to_audio_conditioners["0"].inner
+        seen = {}
+        attention.core = lambda q, k, v: seen.setdefault("qk", (q, k)) and v.new_zeros(q.shape)  # noqa: B023
+        x = inputs(dtype=torch.float32)
+        x |= {
+            "video": torch.randn(2, 16, 13, 4, 6),
+            "condition": torch.zeros(2, 20, 13, 4, 6),
+            "audio": torch.randn(2, 8, 103),
+        }
+        model(**x)
+        q, k = seen["qk"]  # [B, La, H, D], [B, Lv, H, D]
+        weights = torch.einsum("qd,kd->qk", q[0, :, 0], k[0, :, 0]).div(q.shape[-1] ** 0.5).softmax(1)
+        frames = weights.unflatten(1, (13, -1)).sum(2)  # [La, T]
+        nearest = [
+            min(range(13), key=lambda f: abs(step - (0 if f == 0 else 50 * (4 * f - 3) / 24))) for step in range(103)
+        ]
+        shares[bias] = frames[torch.arange(103), nearest].mean().item()
+    assert shares[0.0] < 0.1 and shares[1.0] > 0.3, shares

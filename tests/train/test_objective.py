@@ -1,5 +1,6 @@
 """The objective and its draws: invariants 4, 6, 7, 8 and the loss contract, in one process."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,46 @@ def test_the_expert_alternates_by_step_and_the_cycle_sets_the_ratio():
     assert [Objective(ObjectiveConfig(), ("high",)).expert(k) for k in range(2)] == ["high", "high"]
     thrice = Objective(ObjectiveConfig(expert_cycle=["low", "low", "high"]), BOTH)
     assert [thrice.expert(k) for k in range(4)] == ["low", "low", "high", "low"]
+
+
+def test_held_modalities_and_pairs_take_their_shares_and_the_rest_is_as_without_them():
+    plain, mixed = (
+        Objective(config, ("high",))
+        for config in (ObjectiveConfig(), ObjectiveConfig(hold_video=0.2, hold_audio=0.3, pair=0.1))
+    )
+    u = torch.from_numpy(generator(0, "test", 0).random((3, 20_000)))
+    t_video, t_audio = mixed.timesteps(*u, "high")
+    shares = [(t_video == 0).double().mean(), (t_audio == 0).double().mean()]
+    assert shares[0] == pytest.approx(0.2, abs=0.02) and shares[1] == pytest.approx(0.3, abs=0.02)
+    assert not ((t_video == 0) & (t_audio == 0)).any()  # something is left to learn
+    places = unshift_sigma(t_video.double() / 1000, 5.0), t_audio.double() / 1000  # the shift of phase 1 is 5 and 1
+    paired = (places[0] - places[1]).abs() < 1e-4
+    assert paired.double().mean() == pytest.approx(0.1, abs=0.02)
+    free = (t_video > 0) & (t_audio > 0) & ~paired
+    for mine, theirs in zip((t_video, t_audio), plain.timesteps(*u, "high"), strict=True):
+        torch.testing.assert_close(mine[free], theirs[free], rtol=0, atol=0)
+    # Picture without noise is the business of the expert for low noise.
+    both = Objective(ObjectiveConfig(hold_video=1.0), BOTH)
+    assert both.timesteps(*u, "high")[0].min() >= 900 and both.timesteps(*u, "low")[0].max() == 0
+    with pytest.raises(ValueError, match="sum to 1"):
+        ObjectiveConfig(hold_video=0.7, hold_audio=0.7)
+
+
+def test_what_is_given_adds_nothing_to_the_loss_and_low_noise_counts_less():
+    network, prepared = model(), cases.global_batch(3, torch.float64)
+    prepared.draws.t_video[0] = 0.0
+    free = loss_of(network, prepared)
+    assert free.learned[0, 0] == 0 and free.learned.sum() == free.learned.numel() - 1
+    batch, config = prepared.batch, cases.OBJECTIVE
+    weights = batch.weight / batch.total_weight
+    video = weights * batch.video_weight * free.learned[0] * config.video_weight
+    audio = weights * batch.audio_weight * config.audio_weight
+    torch.testing.assert_close((video * free.video + audio * free.audio).sum(), free.share.detach())
+    floored = loss_of(network, prepared, config=replace(config, noise_floor=0.3))
+    for weight, t in ((video, prepared.draws.t_video), (audio, prepared.draws.t_audio)):
+        weight *= (t.to(weight.dtype) / 300).clamp(max=1).square()
+    torch.testing.assert_close((video * free.video + audio * free.audio).sum(), floored.share.detach())
+    assert floored.share < free.share
 
 
 @pytest.mark.parametrize("phase,audio_shift,text_dropout", [(1, 1.0, 0.5), (2, 5.0, 0.2), (3, 5.0, 0.2)])
