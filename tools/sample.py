@@ -5,7 +5,8 @@
     python -m tools.sample checkpoint=runs/first sound_of=clip.mp4 out=sample.mp4      # audio to video
     torchrun --nproc-per-node 2 -m tools.sample parallel.ulysses=2 ...                 # shares the tokens of a clip
 
-`checkpoint`: a checkpoint, or a run directory (its newest). `image`: the first frame; `picture_of`, `sound_of`: media
+`checkpoint`: a checkpoint, or a run directory (its newest); `weights`: its "raw" ones, or "ema", their average over
+training (null: ema where there is one). `image`: the first frame; `picture_of`, `sound_of`: media
 files whose picture or sound is given, the other is made. Geometry (`frames`, `height`, `width`, `fps`) is that of the
 run's data unless it is given. `count` clips come from seeds seed, seed + 1, ... The same seed gives the same clip under
 every layout.
@@ -53,6 +54,7 @@ class SampleConfig:
     """conf/sample.yaml. Numbers of pixels and frames that are null are those of the run's data."""
 
     checkpoint: str = MISSING
+    weights: str | None = None
     out: str = MISSING
     prompt: str = ""
     image: str | None = None
@@ -86,9 +88,7 @@ def geometry_of(config: SampleConfig, run: dict[str, Any]) -> Geometry:
             index = DatasetIndex.open(Path(path))
         except DataError as error:
             raise RunError(f"{error}; or give frames, fps, height and width, and no data is needed") from None
-        known = {"video": video_codec.fingerprint, "audio": audio_codec.fingerprint, "text": text_codec.fingerprint}
-        if index.encoders != known:
-            raise RunError(f"dataset {path} was encoded by {index.encoders}; here only {known} can be decoded")
+        check_codecs(index)
         bucket = index.bucket_of(0)
         frames, fps = frames or 1 + 4 * (bucket.frames - 1), fps or bucket.fps
         height, width = height or 8 * bucket.height, width or 8 * bucket.width
@@ -96,6 +96,13 @@ def geometry_of(config: SampleConfig, run: dict[str, Any]) -> Geometry:
     if frames % 4 != 1 or height % 16 or width % 16:
         raise RunError(f"frames={frames} height={height} width={width}: frames are 1 + 4k, sizes multiples of 16")
     return Geometry(frames, fps, height, width)
+
+
+def check_codecs(index: DatasetIndex) -> None:
+    """RunError when the latents of a dataset are not those that can be decoded here."""
+    known = {"video": video_codec.fingerprint, "audio": audio_codec.fingerprint, "text": text_codec.fingerprint}
+    if index.encoders != known:
+        raise RunError(f"dataset {index.place} was encoded by {index.encoders}; here only {known} can be decoded")
 
 
 def noise_of(seed: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -111,7 +118,9 @@ def noise_of(seed: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 def make_clips(config: SampleConfig, layout: Layout) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """(pixels [3, F, H, W] in -1..1, sound [samples]) of each clip, and frames a second. The same on every rank."""
-    return clips_of(*load_model(find_checkpoint(Path(config.checkpoint)), config.parallel, layout), config, layout)
+    return clips_of(
+        *load_model(find_checkpoint(Path(config.checkpoint)), config.parallel, layout, config.weights), config, layout
+    )
 
 
 def clips_of(

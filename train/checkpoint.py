@@ -1,9 +1,9 @@
 """Checkpoints on disk: `checkpoints/step-00001000/`, complete only when `COMMITTED` is there (written last).
 
-Keys are the reference's parameter names (`model.<name>`, `optim.<name>.exp_avg`, ...), so any engine at any world size
-can load them. `state.json` holds what is no tensor: step, data state, optimizer steps, parameters with their groups,
-config, layout. The marker holds size and checksum of every file. A step uses no global RNG, so none is saved.
-train/saver.py writes them; docs/recovery.md tells what happens when something goes wrong.
+Keys are the reference's parameter names (`model.<name>`, `ema.<name>`, `optim.<name>.exp_avg`, ...), so any engine at
+any world size can load them. `state.json` holds what is no tensor: step, data state, optimizer steps, parameters with
+their groups, config, layout. The marker holds size and checksum of every file. A step uses no global RNG, so none is
+saved. train/saver.py writes them; docs/recovery.md tells what happens when something goes wrong.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def load_weights_and_moments(engine: Engine, path: Path, content: dict[str, Any]
         except (Exception, CheckpointException) as error:
             raise RunError(f"checkpoint {path} cannot be read: {error}", retry=True) from error
 
-    engine.restore(content["optimizer_steps"], read)
+    engine.restore(content["optimizer_steps"], read, content.get("averages"))
 
 
 def load_weights(engine: Engine, path: Path) -> Path:

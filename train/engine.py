@@ -6,12 +6,14 @@ global gradient, the idle expert is not touched, and a checkpoint has the same n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model.joint import JointConfig, JointTransformer
@@ -48,8 +50,22 @@ class Engine(Protocol):
     def update_counts(self) -> dict[str, int]:
         """How often each parameter has been updated, of those that ever were."""
 
-    def restore(self, counts: dict[str, int], read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Take over a checkpoint: `read` fills the tensors that it is given. All ranks call."""
+    def restore(
+        self,
+        counts: dict[str, int],
+        read: Callable[[dict[str, Tensor]], None],
+        averaged: dict[str, int] | None = None,
+    ) -> None:
+        """Take over a checkpoint: `read` fills the tensors that it is given. All ranks call.
+
+        `averaged`: its `average_counts`; without any, averages begin anew from its weights.
+        """
+
+    def average_counts(self) -> dict[str, int]:
+        """How many updates the average of each tower and of the Bridge has seen; empty where none is kept."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """While entered the model computes with the averages of its weights. All ranks call; no step in between."""
 
 
 def build_engine(
@@ -59,15 +75,17 @@ def build_engine(
     layout: Layout,
     seed: int,
     workload: Workload | None = None,
+    ema_decay: float = 0.0,
 ) -> Engine:
     """The engine that `parallel.engine` names, with the model's starting weights. RunError when it cannot run here.
 
-    `workload`: a rank's largest micro-batch, for recompute=budget.
+    `workload`: a rank's largest micro-batch, for recompute=budget. `ema_decay`: of the weights' average (0: none).
     """
     if parallel.engine == "fsdp2":
         model = build_model(config, parallel, layout, seed, workload)
-        return ShardedEngine(model, optim, layout, parallel.accumulate, parallel.optimizer_state == "host")
-    return ZeroEngine(config, parallel, optim, layout, seed, workload)
+        on_host = parallel.optimizer_state == "host"
+        return ShardedEngine(model, optim, layout, parallel.accumulate, on_host, ema_decay)
+    return ZeroEngine(config, parallel, optim, layout, seed, workload, ema_decay)
 
 
 class ShardedEngine:
@@ -80,11 +98,12 @@ class ShardedEngine:
         layout: Layout,
         accumulate: str = "sharded",
         state_on_host: bool = False,
+        ema_decay: float = 0.0,
     ) -> None:
         """`accumulate`, `state_on_host`: see ParallelConfig."""
         self.model = model
         self.size = sum(parameter.numel() for parameter in model.parameters())
-        self.optimizer = ShardedOptimizer(model, optim, layout.shard_group, state_on_host)
+        self.optimizer = ShardedOptimizer(model, optim, layout.shard_group, state_on_host, ema_decay)
         self._accumulate = accumulate
         self._state_mesh: DeviceMesh | None = None
         if state_on_host and layout.device.type != "cpu":  # DTensor would move it to the mesh's device
@@ -117,6 +136,8 @@ class ShardedEngine:
             for key in MOMENTS:
                 if key in moments:
                     tensors[f"optim.{name}.{key}"] = _like(parameter, moments[key], self._state_mesh)
+            if self.optimizer.average is not None:
+                tensors[f"ema.{name}"] = _like(parameter, self.optimizer.average.values[name], None)
         return tensors
 
     def update_counts(self) -> dict[str, int]:
@@ -124,7 +145,12 @@ class ShardedEngine:
         state = self.optimizer.adamw.state
         return {name: int(state[shard]["step"]) for name, shard in self.optimizer.shards.items() if shard in state}
 
-    def restore(self, counts: dict[str, int], read: Callable[[dict[str, Tensor]], None]) -> None:
+    def restore(
+        self,
+        counts: dict[str, int],
+        read: Callable[[dict[str, Tensor]], None],
+        averaged: dict[str, int] | None = None,
+    ) -> None:
         """See Engine."""
         state = self.optimizer.adamw.state
         state.clear()
@@ -135,7 +161,29 @@ class ShardedEngine:
             for key in MOMENTS:
                 zeros = self.optimizer.host_moment(shard) if on_host else torch.zeros_like(shard, requires_grad=False)
                 state[shard][key] = zeros
-        read(self.tensors())
+        tensors, average = self.tensors(), self.optimizer.average
+        read({key: tensor for key, tensor in tensors.items() if averaged or not key.startswith("ema.")})
+        if average is not None:
+            average.set_counts(averaged) if averaged else average.restart()
+
+    def average_counts(self) -> dict[str, int]:
+        """See Engine."""
+        return {} if self.optimizer.average is None else self.optimizer.average.counts()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See Engine."""
+        assert self.optimizer.average is not None
+        self._forget_gathered()
+        with self.optimizer.average.swapped():
+            yield
+            self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """Units that a forward left gathered (the root stays so) would go on with the weights of before."""
+        for unit in self.model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
 
 def _like(parameter: Tensor, shard: Tensor, mesh: DeviceMesh | None) -> Tensor:

@@ -38,9 +38,20 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def load_model(path: Path, parallel: ParallelConfig, layout: Layout) -> tuple[JointTransformer, dict[str, Any]]:
-    """The model of a checkpoint, and the config of its run. All ranks call. RunError when it cannot be read."""
+def load_model(
+    path: Path, parallel: ParallelConfig, layout: Layout, weights: str | None = None
+) -> tuple[JointTransformer, dict[str, Any]]:
+    """The model of a checkpoint, and the config of its run. All ranks call. RunError when it cannot be read.
+
+    `weights`: "ema", their average over training; "raw"; None: the average where the checkpoint has one.
+    """
     content = json.loads((path / STATE).read_text())
+    if weights not in (None, "ema", "raw"):
+        raise RunError(f"weights={weights}: give ema or raw, or null for ema where the checkpoint has it")
+    has_average = bool(content.get("averages"))
+    if weights == "ema" and not has_average:
+        raise RunError(f"weights=ema: checkpoint {path} has no averages (ema.decay was 0): give weights=raw")
+    kind = "ema" if has_average and weights != "raw" else "model"
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JointConfig), content["config"]["model"]))
     assert isinstance(config, JointConfig)
     with torch.device("meta"):
@@ -48,7 +59,7 @@ def load_model(path: Path, parallel: ParallelConfig, layout: Layout) -> tuple[Jo
     model.to(torch.float32)
     place_model(model, parallel, layout)
     model.to_empty(device=layout.device)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     try:
         dcp.load(tensors, checkpoint_id=path)
     except Exception as error:

@@ -80,7 +80,7 @@ def _train(
     objective = Objective(config.objective, config.model.experts)
     data = open_data(config.data, config.model.video.text_dim)
     workload = largest_workload(data, config.data, layout)
-    engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed, workload)
+    engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed, workload, config.ema.decay)
     model = engine.model
     if config.guard.skip_spikes:
         engine.limit_norm(math.inf)
@@ -116,7 +116,7 @@ def _train(
             valid = open_dataset(config.data.valid_path, config.model.video.text_dim, config.data.places)
             validator = Validator(valid, config.validation, objective, layout, config.model.text_length)
             if state.step == 0:
-                monitor.validation(0, validator.run(model))
+                monitor.validation(0, validator.run_all(engine))
         stream = open_stream(data, state.data, config.data, layout, objective, config.seed, config.model.text_length)
         stack.callback(stream.close)
 
@@ -219,7 +219,7 @@ def _train(
                 collect()
                 if validator is not None and not stopping:
                     watchdog.beat(f"in the validation after step {step}")
-                    monitor.validation(state.step, validator.run(model))
+                    monitor.validation(state.step, validator.run_all(engine))
             if _due(config.parallel.replica_check, state.step):
                 compare_replicas(engine, layout, state.step)
             if _due(config.guard.lag_every, state.step):

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from train.ema import Average, tower_of
+
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VISIT = 2**26  # elements whose moments are on the device at a time when they lie on the host: 512 MiB
@@ -83,10 +85,12 @@ class ShardedOptimizer:
         config: OptimConfig,
         shard_group: dist.ProcessGroup | None,
         state_on_host: bool = False,
+        ema_decay: float = 0.0,
     ) -> None:
         """`shard_group`: the ranks among which a parameter is split, over which the norm is summed (None: whole).
 
         `state_on_host`: the moments lie in (pinned) host memory and visit the device in a step, some at a time.
+        `ema_decay`: above 0, `average` holds averages of the shards (train/ema.py).
         """
         self.config = config
         self.limit = math.inf  # see `step`
@@ -94,6 +98,7 @@ class ShardedOptimizer:
         self.parameters = dict(model.named_parameters())
         self.shard_group = shard_group
         self.shards = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
+        self.average = Average(ema_decay, self.shards, tower_of) if ema_decay else None
         rates = {"tower": config.lr_tower, "bridge": config.lr_bridge}
         self.base_rates = list(rates.values())
         groups = [
@@ -138,11 +143,15 @@ class ShardedOptimizer:
             group["lr"] = rate * factor
         # The fused kernel's own switch: torch reads both attributes off the optimizer, as GradScaler sets them.
         adamw: Any = self.adamw
-        adamw.found_inf, adamw.grad_scale = (~torch.isfinite(norm) | (norm > self.limit)).to(torch.float32), None
+        suppressed = (~torch.isfinite(norm) | (norm > self.limit)).to(torch.float32)
+        adamw.found_inf, adamw.grad_scale = suppressed, None
         if self.state_on_host:
             self._step_from_host()
         else:
             adamw.step()
+        if self.average is not None:
+            stepped = [name for name, shard in self.shards.items() if shard.grad is not None]
+            self.average.update(stepped, 1 - suppressed)
         self.adamw.zero_grad(set_to_none=True)
 
     def host_moment(self, shard: Tensor) -> Tensor:

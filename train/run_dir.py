@@ -22,7 +22,7 @@ from train.errors import RunError
 
 # Keys that may differ when a run goes on: they change neither the data order nor the mathematics.
 MAY_CHANGE = (
-    "steps", "parallel", "checkpoint", "guard", "monitor", "validation", "data.path", "data.valid_path",
+    "steps", "parallel", "ema", "checkpoint", "guard", "monitor", "validation", "data.path", "data.valid_path",
     "data.prefetch", "data.micro_batch", "data.quarantine_budget", "data.workers", "data.places", "run.root",
     "data.datasets", "data.segments",  # the data state compares what they mean: folders may move, segments be added
 )  # fmt: skip

@@ -155,6 +155,7 @@ class Saver:
             "step": state.step,
             "data": state.data.to_json(),
             "optimizer_steps": state.engine.update_counts(),
+            "averages": state.engine.average_counts(),
             "parameters": parameters_of(tensors),
             "history": state.history,
             "config": self._resolved,

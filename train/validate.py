@@ -14,6 +14,7 @@ import torch.distributed as dist
 from data.batch import Sample, assemble
 from data.index import DatasetIndex
 from model.joint import JointTransformer
+from train.engine import Engine
 from train.mesh import Layout
 from train.noise import generator
 from train.objective import Draws, Objective, loss_share
@@ -50,6 +51,14 @@ class Validator:
         self._samples = min(config.samples, len(index))
         levels = [1000.0 * sigma for sigma in config.sigmas]
         self._levels = {expert: [t for t in levels if objective.expert_at(t) == expert] for expert in objective.experts}
+
+    def run_all(self, engine: Engine) -> dict[str, float]:
+        """As `run`, and the same of the averaged weights under "ema/..." where the engine keeps them."""
+        losses = self.run(engine.model)
+        if engine.average_counts():
+            with engine.averaged():
+                losses |= {f"ema/{name}": loss for name, loss in self.run(engine.model).items()}
+        return losses
 
     @torch.no_grad()
     def run(self, model: JointTransformer) -> dict[str, float]:

@@ -15,6 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model.init import initial_value
 from model.joint import JointConfig, JointTransformer, Velocities
+from train.ema import Average, tower_of
 from train.errors import RunError
 from train.mesh import DTYPES, Layout, ParallelConfig
 from train.optim import MOMENTS, OptimConfig, group_of
@@ -32,6 +34,7 @@ from train.parallelize import prepare_model
 from train.recompute import units
 from train.workload import Workload
 
+AVERAGE = "average"  # beside the moments in the optimizer's state, so that DeepSpeed's calls find it by parameter
 LARGEST_BUCKET = 500_000_000  # elements that are reduced at a time: DeepSpeed's own default
 
 
@@ -62,6 +65,7 @@ class ZeroEngine:
         layout: Layout,
         seed: int,
         workload: Workload | None = None,
+        ema_decay: float = 0.0,
     ) -> None:
         """Builds the model with its starting weights. RunError when DeepSpeed is not there."""
         deepspeed = _start_deepspeed(layout.device)
@@ -90,7 +94,8 @@ class ZeroEngine:
         }
         # Checkpoints pass through host memory, split as FSDP2 splits.
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self._make_moments()
+        self._average: Average[int] | None = None
+        self._make_moments(ema_decay)
         self.fill(lambda name, shape: initial_value(name, shape, seed, config.video.num_layers))
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -104,7 +109,13 @@ class ZeroEngine:
         for group in self._adamw.param_groups:
             group["idle"] = group["name"] in idle
             group["lr"] = group["base_rate"] * factor
+        before = {tower: state["step"].clone() for tower, state in self._states() if tower not in idle}
         self._engine.step()
+        if self._average is not None:
+            # Updates are counted on the device: to know whether this one was applied needs no wait.
+            applied = {tower: state["step"] - before[tower] for tower, state in self._states() if tower not in idle}
+            pieces = [piece for piece, (index, _) in enumerate(self._masters()) if self._tower(index) not in idle]
+            self._average.update(pieces, applied)
         if self._stage == 3:
             # It writes gradients over the last ones, but only where there are new ones: the expert that idles next
             # would leave its own behind, to be counted in the norm.
@@ -126,25 +137,43 @@ class ZeroEngine:
             tensors[f"model.{name}"] = self._keep_part(safe_get_full_fp32_param(parameter))
             for key in MOMENTS if name in counts else ():
                 tensors[f"optim.{name}.{key}"] = self._keep_part(safe_get_full_optimizer_state(parameter, key))
+            if self._average is not None:
+                tensors[f"ema.{name}"] = self._keep_part(safe_get_full_optimizer_state(parameter, AVERAGE))
         return tensors
 
     def update_counts(self) -> dict[str, int]:
         """See Engine (each group of parameters counts its own)."""
-        steps = {
-            self._adamw.param_groups[index]["name"]: int(self._adamw.state[master]["step"])
-            for index, master in self._masters()
-        }
-        counts = {name: steps[_group(name)] for name in self._parameters}
+        steps = {tower: int(state["step"]) for tower, state in self._states()}
+        counts = {name: steps[tower_of(name)] for name in self._parameters}
         return {name: count for name, count in counts.items() if count > 0}
 
-    def restore(self, counts: dict[str, int], read: Callable[[dict[str, Tensor]], None]) -> None:
+    def average_counts(self) -> dict[str, int]:
+        """See Engine."""
+        return {} if self._average is None else self._average.counts()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See Engine."""
+        assert self._average is not None
+        with self._average.swapped():
+            self._publish()
+            yield
+        self._publish()
+
+    def restore(
+        self,
+        counts: dict[str, int],
+        read: Callable[[dict[str, Tensor]], None],
+        averaged: dict[str, int] | None = None,
+    ) -> None:
         """See Engine. RunError when parameters that this engine updates together were updated differently often."""
         steps: dict[str, int] = {}
         for name in self._parameters:
             count = counts.get(name, 0)
-            if steps.setdefault(_group(name), count) != count:
+            tower = tower_of(name)
+            if steps.setdefault(tower, count) != count:
                 raise RunError(
-                    f"{name} was updated {count} times, other parameters of {_group(name)} {steps[_group(name)]} times;"
+                    f"{name} was updated {count} times, other parameters of {tower} {steps[tower]} times;"
                     " ZeRO keeps one count for them all: resume with parallel=fsdp2"
                 )
         places: dict[str, Tensor] = {}
@@ -153,20 +182,22 @@ class ZeroEngine:
             places[f"model.{name}"] = self._keep_part(torch.zeros(shape))
             for key in MOMENTS if name in counts else ():
                 places[f"optim.{name}.{key}"] = self._keep_part(torch.zeros(shape))
+            if self._average is not None and averaged:
+                places[f"ema.{name}"] = self._keep_part(torch.zeros(shape))
         read(places)
-        for index, master in self._masters():
-            state = self._adamw.state[master]
-            state["step"].fill_(steps[self._adamw.param_groups[index]["name"]])
+        for tower, state in self._states():
+            state["step"].fill_(steps[tower])
             for key in MOMENTS:
                 state[key].zero_()
         for name in self._parameters:
-            keys: tuple[str | None, ...] = (None, *MOMENTS)
-            for moment in keys:
-                place = places.get(f"optim.{name}.{moment}" if moment else f"model.{name}")
+            for what in (None, AVERAGE, *MOMENTS):
+                place = places.get(_key(name, what))
                 if place is not None:
                     assert isinstance(place, DTensor)
-                    self._put(name, place.full_tensor(), moment)
+                    self._put(name, place.full_tensor(), what)
         self._publish()
+        if self._average is not None:
+            self._average.set_counts(averaged) if averaged else self._average.restart()
 
     @torch.no_grad()
     def fill(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -174,6 +205,8 @@ class ZeroEngine:
         for name, parameter in self._parameters.items():
             self._put(name, value(name, _shape(parameter)), None)
         self._publish()
+        if self._average is not None:
+            self._average.restart()
 
     def _masters(self) -> Iterator[tuple[int, Tensor]]:
         """(index of the group, this rank's flat float32 part of it or of a piece of it)."""
@@ -183,7 +216,15 @@ class ZeroEngine:
             for piece, master in enumerate(self._zero.fp32_partitioned_groups_flat):
                 yield self._zero.sub_group_to_group_id[piece], master
 
-    def _make_moments(self) -> None:
+    def _tower(self, index: int) -> str:
+        return self._adamw.param_groups[index]["name"]
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(tower, what the optimizer holds) of every part of `_masters`."""
+        for index, master in self._masters():
+            yield self._tower(index), self._adamw.state[master]
+
+    def _make_moments(self, ema_decay: float) -> None:
         """Zeros for every group before the first update: DeepSpeed links its names to whatever is there at one moment,
         and one expert has none yet."""
         for _, master in self._masters():
@@ -191,6 +232,11 @@ class ZeroEngine:
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS},
             }
+        if ema_decay:
+            towers = [self._tower(index) for index, _ in self._masters()]
+            self._average = Average(ema_decay, {i: m for i, (_, m) in enumerate(self._masters())}, towers.__getitem__)
+            for value, (_, state) in zip(self._average.values.values(), self._states(), strict=True):
+                state[AVERAGE] = value
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -253,9 +299,9 @@ class _Callable:
         return Velocities(*self._engine(**inputs))
 
 
-def _group(name: str) -> str:
-    """The parameters that are updated together: a tower, or the Bridge."""
-    return name.split(".")[0]
+def _key(name: str, what: str | None) -> str:
+    """A checkpoint's key of a parameter's master weight (None), its average, or one of its moments."""
+    return {None: f"model.{name}", AVERAGE: f"ema.{name}"}.get(what, f"optim.{name}.{what}")
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
@@ -267,8 +313,8 @@ def _make_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> Exp
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         rate = config.lr_bridge if group_of(name) == "bridge" else config.lr_tower
-        fresh = {"params": [], "name": _group(name), "lr": rate, "base_rate": rate, "idle": False}
-        groups.setdefault(_group(name), fresh)["params"].append(parameter)
+        fresh = {"params": [], "name": tower_of(name), "lr": rate, "base_rate": rate, "idle": False}
+        groups.setdefault(tower_of(name), fresh)["params"].append(parameter)
     return ExpertAdamW(
         list(groups.values()),
         betas=(config.betas[0], config.betas[1]),

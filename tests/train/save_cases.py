@@ -35,7 +35,10 @@ class Values:
     def update_counts(self):
         return {"video_dit.w0": 3}
 
-    def restore(self, counts, read):
+    def average_counts(self):
+        return {}
+
+    def restore(self, counts, read, averaged=None):
         read(self.held)
 
     def set(self, value: float) -> None:
