@@ -96,7 +96,8 @@ class ZeroEngine:
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self._average: Average[int] | None = None
         self._make_moments(ema_decay)
-        self.fill(lambda name, shape: initial_value(name, shape, seed, config.video.num_layers))
+        depth, bridge = config.video.num_layers, config.bridge
+        self.fill(lambda name, shape: initial_value(name, shape, seed, depth, bridge))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See Engine."""
