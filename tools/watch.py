@@ -41,7 +41,7 @@ from data.index import DatasetIndex
 from launch.attempts import is_finished
 from model.sampler import SamplerConfig
 from tools.command import run_first
-from tools.sample import SampleConfig, clips_of, write_mp4
+from tools.sample import SampleConfig, check_codecs, clips_of, write_mp4
 from train.checkpoint import committed, damage, step_of
 from train.errors import RunError
 from train.generation import load_model
@@ -135,6 +135,7 @@ def orders_of(config: WatchConfig, run: RunDir) -> list[Order]:
         raise RunError(f"run {run.root.name!r} has no held-out set (data.valid_path): give kinds=[] and prompts=[...]")
     index = DatasetIndex.open(place)
     try:
+        check_codecs(index)
         rows = [row for row in range(len(index)) if index.bucket_of(row).has_video and index.bucket_of(row).has_audio]
         if not rows:
             raise RunError(f"held-out set {place} has no clip with picture and sound: give kinds=[] and prompts=[...]")
