@@ -171,6 +171,7 @@ class JointTransformer(nn.Module):
         if video is not None:
             out.video = tower.project(x, vector)
             if self.config.prediction == "sample":
+                assert t_video is not None
                 noisy = velocity_patches(video, tower.config.patch_size)[:, mine]
                 out.video = _velocity(noisy, out.video, t_video)
             if not as_patches:
@@ -178,6 +179,7 @@ class JointTransformer(nn.Module):
         if audio is not None:
             out.audio = unpatchify(sound.project(a, vector_a), grid_a, sound.config.patch_size)
             if self.config.prediction == "sample":
+                assert t_audio is not None
                 out.audio = _velocity(audio, out.audio, t_audio)
         return out
 

@@ -31,7 +31,8 @@ def draw(batch: Batch, objective: Objective, seed: int) -> Draws:
     config = objective.config
     chance = [config.text_dropout, config.image_dropout, config.bridge_dropout]
     keep = torch.from_numpy((uniforms[:, 2:5] >= chance).astype(np.float32))  # [B, 3]
-    t_video, t_audio = objective.timesteps(*torch.from_numpy(uniforms[:, [0, 1, 5]].T), expert)
+    u_video, u_audio, u_kind = torch.from_numpy(uniforms[:, [0, 1, 5]].T)
+    t_video, t_audio = objective.timesteps(u_video, u_audio, u_kind, expert)
     return Draws(
         t_video=t_video,
         t_audio=t_audio,
