@@ -11,7 +11,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_REQUIRE_VIRTUALENV
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart clean-quickstart test test-slurm chaos lint format
+.PHONY: help environment quickstart clean-quickstart test test-slurm chaos learn-sync lint format
 
 help:
 	@echo "make quickstart               try it: synthetic clips, shards, a tiny model trained on 2 processes, stopped and"
@@ -22,6 +22,8 @@ help:
 	@echo "make test-slurm               the launcher on a real SLURM that is started on this machine; 8 minutes; as root on"
 	@echo "                              Debian or Ubuntu it installs the packages, else it says what to install"
 	@echo "make chaos                    a run killed 54 times and resumed equals the unbroken one; 10 minutes; in chaos/"
+	@echo "make learn-sync               proof that synchronization is learned: small models from scratch, scored by what"
+	@echo "                              they generate; 2 hours on 2 free cores; the same command goes on; in learn-sync/"
 	@echo "make lint                     ruff and mypy over all packages; 1 minute"
 	@echo "make format                   let ruff repair the formatting"
 	@echo "make environment              only make .venv (3 to 10 minutes, 6 GB; the others do it where it is missing)"
@@ -73,6 +75,9 @@ test-slurm: $(READY)
 chaos: $(READY)
 	@echo "== a run killed 54 times (about 10 minutes on 2 free cores; the same command goes on where it was interrupted)"
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.train.chaos chaos 54 bench/chaos.md
+
+learn-sync: $(READY)
+	@exec $(BIN)/python -m tools.learn_sync
 
 lint: $(READY)
 	@echo "== ruff and mypy (1 minute)"

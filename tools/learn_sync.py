@@ -1,0 +1,221 @@
+"""Proof that synchronization is learned: a small model from scratch on synthetic clips, scored by what it generates.
+
+    make learn-sync                                 # or: python -m tools.learn_sync            set=easy
+    python -m tools.learn_sync set=hard
+
+Clips and shards; a run of the real trainer for each seed, and one without the Bridge; of each run the checkpoint that
+is best on a validation set; its scores on a test set, with the Bridge and with it cut (tools/sync_score.py); a table in
+bench/ and a picture. What is finished is not made again: the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from tools.bench.record import write_record
+from tools.sync_score import TASKS
+
+console = Console(highlight=False, soft_wrap=True)
+SETS = {  # kind of clip, steps, thresholds of F1 by task
+    "easy": ("bounce", 3000, (0.95, 0.95, 0.85)),
+    "hard": ("juggle", 9000, (0.85, 0.80, 0.60)),
+}
+SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
+INK, SOFT = "#23262b", "#8a9099"
+COLOURS = {"video to audio": "#2e7da6", "audio to video": "#d1495b", "joint": "#7a4fa3"}
+
+
+class LearnSyncError(Exception):
+    """A step that failed, in one line."""
+
+
+@dataclass
+class LearnSyncConfig:
+    """conf/learn_sync.yaml. `set`: easy or hard; `seeds`: a run each; `control`: also one without the Bridge.
+
+    `clips`, `valid`, `test`: of the three sets; `overrides`: keys of the training config, for trials.
+    """
+
+    set: str = "easy"
+    root: str = "learn-sync"
+    clips: int = 6000
+    valid: int = 32
+    test: int = 128
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    control: bool = True
+    overrides: list[str] = field(default_factory=list)
+    bench: str = "bench"
+
+    def __post_init__(self) -> None:
+        if self.set not in SETS:
+            raise ValueError(f"set={self.set}: choose from {', '.join(SETS)}")
+
+
+def learn_sync(config: LearnSyncConfig) -> None:
+    """All steps. LearnSyncError when one fails."""
+    place = Path(config.root) / config.set
+    kind, steps, _ = SETS[config.set]
+    for split, seed in SPLITS.items():
+        count = {"train": config.clips, "valid": config.valid, "test": config.test}[split]
+        clips = place / "clips" / split
+        what = (f"clips={count}", f"seed={seed}", f"kinds=[{kind}]", "sample_rate=16000")
+        _run("data.synthesize", f"output={clips}", *what)
+        _run("data.prepare", f"source={clips}", f"output={place / split}", "samples_per_shard=256")
+    runs = {f"seed-{seed}": (seed, 0.0) for seed in config.seeds}
+    if config.control:
+        runs["no-bridge"] = (config.seeds[0], 1.0)
+    results = {}
+    for name, (seed, dropout) in runs.items():
+        train(config, place, name, seed, steps, dropout)
+        results[name] = evaluate(config, place, name)
+    report(config, place, results)
+
+
+def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int, bridge_dropout: float) -> None:
+    """The run `name`, to its end; nothing where it has finished."""
+    status = place / "runs" / name / "status.json"
+    if status.exists() and json.loads(status.read_text())["state"] == "finished":
+        return
+    _run(
+        "launch", "experiment=sync", "cluster.processes=1", f"run.root={place / 'runs'}", f"run.id={name}",
+        f"data.path={place / 'train'}", f"data.valid_path={place / 'valid'}", f"seed={seed}", f"steps={steps}",
+        f"objective.bridge_dropout={bridge_dropout}", *config.overrides,
+    )  # fmt: skip
+
+
+def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
+    """Scores of every checkpoint on the validation set, and of the best one on the test set."""
+    run = place / "runs" / name
+    checkpoints = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "COMMITTED").exists())
+    curve = {int(path.name[5:]): score(config, place, run, path, "valid", True) for path in checkpoints}
+    best = max(curve, key=lambda step: (min(curve[step][task]["f1"] for task in TASKS), step))
+    path = run / "checkpoints" / f"step-{best:08d}"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(record.get("perf/step_time", record.get("step_time", 0.0)) for record in records)
+    return {
+        "curve": curve, "best": best, "minutes": seconds / 60,
+        "test": score(config, place, run, path, "test", True),
+        "cut": score(config, place, run, path, "test", False),
+    }  # fmt: skip
+
+
+def score(config: LearnSyncConfig, place: Path, run: Path, checkpoint: Path, split: str, bridge: bool) -> Any:
+    """What tools.sync_score measures, kept in a file beside the run."""
+    out = run / "scores" / f"{checkpoint.name}-{split}{'' if bridge else '-cut'}.json"
+    if not out.exists():
+        samples = [f"samples={place / 'samples' / run.name}"] if split == "test" and bridge else []
+        _run(
+            "tools.sync_score", f"checkpoint={checkpoint}", f"data={place / split}", f"out={out}", f"bridge={bridge}",
+            f"voices={config.set == 'hard'}", *samples,
+        )  # fmt: skip
+    return json.loads(out.read_text())
+
+
+def report(config: LearnSyncConfig, place: Path, results: dict[str, dict[str, Any]]) -> None:
+    """bench/learn-sync-<set>.md and .png."""
+    seeds = [result for name, result in results.items() if name != "no-bridge"]
+    rows = []
+    for task, bar in zip(TASKS, SETS[config.set][2], strict=True):
+        values = [result["test"][task]["f1"] for result in seeds]
+        chance = mean(result["test"][task]["chance"] for result in seeds)
+        scores = f"F1 {mean(values):.3f} ({min(values):.3f} to {max(values):.3f}; asked {bar})"
+        rows.append((task, f"{scores}; chance {chance:.2f}"))
+        for name, result in results.items():
+            lines = {"": result["test"][task], ", Bridge cut at sampling": result["cut"][task]}
+            for what, found in lines.items():
+                rows.append((f"- {name}{what}", _line(found)))
+    for name, result in results.items():
+        spent = f"{result['minutes']:.1f} minutes; best on validation after {result['best']} steps"
+        rows.append((f"{name}: training", spent))
+    path = Path(config.bench) / f"learn-sync-{config.set}.md"
+    command = shlex.join(["python", "-m", "tools.learn_sync", *sys.argv[1:]])
+    write_record(path, f"Synchronization learned from scratch: the {config.set} set", command, rows, NOTES)
+    draw(path.with_suffix(".png"), results)
+    console.print(f"written: {path}, {path.with_suffix('.png')}; clips to look at and hear: {place / 'samples'}")
+
+
+def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """F1 on the validation set over training, a line a run; dotted: chance."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+        for name, result in results.items():
+            steps = sorted(result["curve"])
+            control = name == "no-bridge"
+            colour = SOFT if control else COLOURS[task]
+            f1 = [result["curve"][step][task]["f1"] for step in steps]
+            axes.plot(steps, f1, color=colour, marker="o", markersize=3, label="no Bridge" if control else name)
+            chance = [result["curve"][step][task]["chance"] for step in steps]
+            axes.plot(steps, chance, color=colour, linestyle=":", linewidth=1)
+        axes.set_title(task, loc="left", color=INK, fontsize=10)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("steps", color=SOFT)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("F1 within 0.1 s", color=SOFT)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _line(found: dict[str, Any]) -> str:
+    return (
+        f"F1 {found['f1']:.3f}, chance {found['chance']:.3f}; {found['matched']} matched of {found['seen']} seen and "
+        f"{found['heard']} heard"
+    )
+
+
+def _run(module: str, *arguments: str) -> None:
+    console.print("$ " + shlex.join(["python", "-m", module, *arguments]), style="dim", markup=False)
+    begin = time.monotonic()
+    if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+        raise LearnSyncError(f"python -m {module} failed; its message is above")
+    console.print(f"({time.monotonic() - begin:.0f} s)", style="dim")
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="learn_sync")
+def _main(config: DictConfig) -> None:
+    try:
+        typed = OmegaConf.to_object(config)
+        assert isinstance(typed, LearnSyncConfig)
+        learn_sync(typed)
+    except (LearnSyncError, OmegaConfBaseException, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """The program."""
+    ConfigStore.instance().store(name="learn_sync_schema", node=LearnSyncConfig)
+    _main()
+
+
+NOTES = (
+    "F1 of impacts in the decoded pixels and in the decoded sound, matched one to one within 0.1 s; on the hard set "
+    "only with the right pitch. Chance: pictures paired with the sounds of other generated clips. Thresholds of the "
+    "measure were fixed on codec round trips before the first model was scored (data/sync/impacts.py); the checkpoint "
+    "is the best on a validation set of its own, by the lowest of the three scores. 25 Euler steps, EMA weights, no "
+    "guidance. Audio to video is made without the first frame, joint clips with it. No-bridge: trained without it."
+)
+
+
+if __name__ == "__main__":
+    main()
