@@ -5,9 +5,10 @@
     python -m launch cluster=slurm ... launch.dry_run=true      # print the script (launch.test_only=true: ask SLURM)
     python -m launch cluster=slurm phases=mova run.id=big ...   # three phases, each from the last one's weights
     python -m launch cluster=slurm job=prepare launch.units=64 source=raw output=shards     # data.prepare as an array
+    python -m launch cluster=slurm watch.enabled=true ...       # and a job that makes clips of the checkpoints
     python -m launch.status runs/try1
 
-`cluster`, `launch`, `phases` and `job` say where and how the processes live (conf/launch.yaml, docs/launching.md);
+`cluster`, `launch`, `phases`, `job` and `watch` say where and how processes live (conf/launch.yaml, docs/launching.md);
 every other key is one of `python -m train` (conf/train.yaml), or of `python -m data.prepare`, and is checked before
 anything starts. What runs is a copy of the code in the run's folder. The same run.id again resumes. SIGTERM or Ctrl-C:
 the workers save a checkpoint, then all ends. The exit status is 0 when the run finished, was stopped as asked or was
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 
-from launch import prepare, slurm, snapshot
+from launch import prepare, slurm, snapshot, watch
 from launch.attempts import is_finished
 from launch.compose import Launch, LaunchConfig, SubmitConfig, compose_own, compose_phases, split
 from launch.local import LocalConfig, run_local
@@ -73,6 +74,8 @@ def train_here(launch: Launch) -> int:
     _nothing_submitted(launch.submit)
     cluster, run = launch.cluster, launch.run_dir
     assert isinstance(cluster, LocalConfig)
+    if launch.watch.enabled:
+        raise RunError(f"watch.enabled is of cluster=slurm; here, beside the run: python -m tools.watch {run.root}")
     code = snapshot.look().write(run.root)
     run.open(launch.resolved)
     ending = run_local(cluster, run, code, launch.overrides)
@@ -89,16 +92,20 @@ def train_here(launch: Launch) -> int:
 def submit(launches: list[Launch]) -> None:
     """Give the runs to SLURM, each after the one before has ended well; or show what would be given."""
     code = snapshot.look()
-    scripts = []
+    if launches[0].watch.enabled:
+        watch.check(launches[0].watch)
+    scripts, watchers = [], []
     for launch in launches:
         cluster, run = launch.cluster, launch.run_dir
         assert isinstance(cluster, SlurmConfig)
         folder = code.folder(run.root)
         scripts.append(slurm.render(cluster, run, folder, launch.overrides, time.time(), launch.follows))
+        if launch.watch.enabled:
+            watchers.append(watch.render(launch.watch, cluster, run, folder))
         if launch.submit.test_only:
             print(slurm.sbatch(["--test-only"], scripts[-1]))
     if launches[0].submit.dry_run:
-        print("\n".join(scripts), end="")
+        print("\n".join([*scripts, *watchers]), end="")
     if launches[0].submit.dry_run or launches[0].submit.test_only:
         return
     for launch in launches:
@@ -111,6 +118,9 @@ def submit(launches: list[Launch]) -> None:
         run.open(launch.resolved)
         jobs = slurm.submit(cluster, run, script, after)
         after = jobs[-1]
+        if launch.watch.enabled:
+            job = watch.submit(watchers.pop(0), run, jobs[0])
+            print(f"clips of run {run.root}: job {job}; script {run.root / watch.SCRIPT}, clips {run.root / 'samples'}")
         print(f"run {run.root}: job {', then '.join(jobs)}; script {run.root / slurm.SCRIPT}, logs {run.logs}")
     print(f"how it stands: python -m launch.status {' '.join(str(launch.run_dir.root) for launch in launches)}")
 

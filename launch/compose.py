@@ -22,13 +22,14 @@ from data.errors import DataError
 from launch.cluster import ClusterConfig
 from launch.local import LocalConfig
 from launch.slurm import SlurmConfig
+from launch.watch import WatchJobConfig
 from train.config import TrainConfig, register, to_dataclass
 from train.errors import RunError
 from train.feed import close_data, open_data, open_dataset
 from train.mesh import check_degrees
 from train.run_dir import RunDir
 
-OWN = ("cluster", "launch", "job", "phases")
+OWN = ("cluster", "launch", "job", "phases", "watch")
 JOBS = ("train", "prepare")
 
 
@@ -64,12 +65,13 @@ class PhaseConfig:
 @dataclass
 class LaunchConfig:
     """conf/launch.yaml. `job`: "train", or "prepare" for data.prepare; `phases`: runs that follow each other, each from
-    the last one's weights, `<run.id>-<name>` by name (empty: one run)."""
+    the last one's weights, `<run.id>-<name>` by name (empty: one run); `watch`: a job that makes clips beside each."""
 
     cluster: ClusterConfig = MISSING
     launch: SubmitConfig = field(default_factory=SubmitConfig)
     job: str = "train"
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    watch: WatchJobConfig = field(default_factory=WatchJobConfig)
 
     def __post_init__(self) -> None:
         if self.job not in JOBS:
@@ -85,6 +87,7 @@ class Launch:
     train: TrainConfig
     resolved: dict[str, Any]
     overrides: list[str]
+    watch: WatchJobConfig
     follows: RunDir | None = None  # the run whose weights it starts from
 
     @property
@@ -154,7 +157,7 @@ def compose_launch(arguments: Sequence[str]) -> Launch:
     own = compose_own(mine)
     register()
     config, resolved = to_dataclass(compose_plain("train", overrides))
-    launch = Launch(own.cluster, own.launch, config, resolved, overrides)
+    launch = Launch(own.cluster, own.launch, config, resolved, overrides, own.watch)
     launch.run_dir  # noqa: B018  refuses an id that is no plain name
     check_degrees(config.parallel, own.cluster.world)
     _check_data(config)
