@@ -15,7 +15,7 @@ from train.samples import read_samples
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     bucket = Bucket(frames=2, height=4, width=8, audio_steps=11, fps=24.0, has_video=True, has_audio=True)
-    folder = make_dataset(tmp_path / "data", [(bucket, 8)], dim=6)
+    folder = make_dataset(tmp_path / "data", [(bucket, 8)], dim=8)
     record = folder / "index/dataset.json"
     codecs = {"video": video.fingerprint, "audio": audio.fingerprint, "text": text.fingerprint}
     record.write_text(json.dumps(json.loads(record.read_text()) | {"encoders": codecs}))
@@ -25,6 +25,7 @@ def shards(tmp_path: Path) -> Path:
 def test_clips_are_made_beside_the_run(launcher: Launcher, shards: Path) -> None:
     run = launcher.submit(
         "seen", f"data.path={shards}", f"data.valid_path={shards}", "steps=8", "checkpoint.every=4",
+        "model.video.text_dim=8", "model.audio.text_dim=8",
         "watch.enabled=true", 'watch.keys=["clips=1","poll=0.5","sampler.steps=1"]',
     )  # fmt: skip
     assert run.wait("COMPLETED", "FAILED", seconds=120) == "COMPLETED", run.log()
