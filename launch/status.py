@@ -63,9 +63,9 @@ def standing(run: RunDir) -> Standing:
     attempts = Attempts(run)
     step = max(run.committed_step(), recent[-1]["step"] + 1 if recent else 0)
     state, note, jobs = _state(run, attempts)
-    times = [record["step_time"] for record in recent[-RECENT:] if record.get("step_time")]
-    speeds = [record["tokens_per_s"] for record in recent[-RECENT:] if record.get("tokens_per_s")]
-    loss = recent[-1].get("loss") if recent else None
+    times = [record["perf/step_time"] for record in recent[-RECENT:] if record.get("perf/step_time")]
+    speeds = [record["perf/tokens_per_s"] for record in recent[-RECENT:] if record.get("perf/tokens_per_s")]
+    loss = recent[-1].get("train/loss") if recent else None
     committed = run.checkpoints / f"step-{run.committed_step():08d}" / "COMMITTED"
     there = committed.exists()
     return Standing(
@@ -126,7 +126,7 @@ def _recent(run: RunDir) -> list[dict]:
             record = json.loads(line)
         except ValueError:
             continue  # cut off at either end
-        if "loss" in record:
+        if "train/loss" in record:
             records.append(record)
     return records
 

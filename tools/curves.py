@@ -78,9 +78,9 @@ def read_curves(run: Path) -> Curves:
             kind, _, name = key.partition("/")
             if value is not None and kind == "valid":
                 curves.valid.setdefault(name, []).append((record["step"], value))
-            elif value is not None and key in ("loss_video", "loss_audio"):
-                experts = curves.train.setdefault(key.removeprefix("loss_"), {})
-                experts.setdefault(record["expert"], []).append((record["step"], value))
+            elif value is not None and key in ("train/loss_video", "train/loss_audio"):
+                experts = curves.train.setdefault(key.removeprefix("train/loss_"), {})
+                experts.setdefault(record["train/expert"], []).append((record["step"], value))
     if not curves.train:
         raise CurvesError(f"{path} holds no training step yet")
     curves.resumed = _stops(run, curves.last_step)

@@ -162,7 +162,7 @@ def status(run: Path) -> dict[str, object]:
 
 def last_step(run: Path) -> int:
     """The last training step in metrics.jsonl, -1 where there is none."""
-    return max((int(record["step"]) for record in _metrics(run) if "loss" in record), default=-1)
+    return max((int(record["step"]) for record in _metrics(run) if "train/loss" in record), default=-1)
 
 
 def validation_losses(run: Path) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from train.engine import Engine
 from train.errors import RunError
 from train.guard import gather, on_first_rank
 from train.optim import group_of
+from train.pace import Seen
 from train.run_dir import config_differences
 
 MARKER = "COMMITTED"
@@ -80,6 +81,7 @@ class TrainState:
     data: DataState
     step: int = 0
     history: list[list] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
 
 
 def newest(folder: Path, up_to: int | None = None) -> Path | None:
@@ -157,6 +159,7 @@ def load(state: TrainState, path: Path, config: dict[str, Any]) -> None:
         raise RunError(f"checkpoint {path} was written under another config (checkpoint -> now):\n{lines}")
     load_weights_and_moments(state.engine, path, content)
     state.step, state.history = content["step"], content["history"]
+    state.seen = Seen(*content.get("seen", Seen()))
     restored = DataState.from_json(content["data"])
     state.data.segments, state.data.position = restored.segments, restored.position
     state.data.quarantine = restored.quarantine

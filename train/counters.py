@@ -69,11 +69,11 @@ class CollectiveCounter(TorchDispatchMode):
         return sum(count for (name, _), count in self.bytes.items() if name == axis)
 
     def metrics(self) -> dict[str, float]:
-        """Everything, named for metrics: "comm/fsdp/all_gather_bytes", "..._calls"."""
+        """Everything, named for metrics: "perf/comm/fsdp/all_gather_bytes", "..._calls"."""
         found: dict[str, float] = {}
         for axis, kind in sorted(self.calls):
-            found[f"comm/{axis}/{kind}_bytes"] = float(self.bytes[axis, kind])
-            found[f"comm/{axis}/{kind}_calls"] = float(self.calls[axis, kind])
+            found[f"perf/comm/{axis}/{kind}_bytes"] = float(self.bytes[axis, kind])
+            found[f"perf/comm/{axis}/{kind}_calls"] = float(self.calls[axis, kind])
         return found
 
     def _count(self, name: str, args: Any) -> None:

@@ -20,6 +20,7 @@ from model.joint import JointConfig, JointTransformer
 from train.mesh import Layout, ParallelConfig
 from train.optim import MOMENTS, OptimConfig, ShardedOptimizer
 from train.parallelize import build_model
+from train.probes import squares_by_group, update_squares
 from train.step import backward_sharded
 from train.workload import Workload
 from train.zero import ZeroEngine
@@ -29,6 +30,7 @@ class Engine(Protocol):
     """A model that is being trained."""
 
     model: JointTransformer  # called like it, whatever wraps it
+    network: JointTransformer  # the module itself
     size: int  # parameters of the whole model
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -43,6 +45,10 @@ class Engine(Protocol):
 
     def limit_norm(self, limit: float) -> None:
         """Suppress the next updates whose norm is above `limit`, as those that are not finite. RunError if it can't."""
+
+    def group_squares(self) -> dict[str, Tensor]:
+        """This rank's part of sums over all ranks, [groups of train/probes.py] each: squares of the weights ("param"),
+        of the last update ("update"), and, under FSDP2, of the last gradient before clipping ("grad")."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its engine-neutral key, sharded ones as DTensors. All ranks call."""
@@ -101,7 +107,8 @@ class ShardedEngine:
         ema_decay: float = 0.0,
     ) -> None:
         """`accumulate`, `state_on_host`: see ParallelConfig."""
-        self.model = model
+        self.model = self.network = model
+        self._world, self._copies = layout.world, layout.dp_replicate
         self.size = sum(parameter.numel() for parameter in model.parameters())
         self.optimizer = ShardedOptimizer(model, optim, layout.shard_group, state_on_host, ema_decay)
         self._accumulate = accumulate
@@ -124,6 +131,18 @@ class ShardedEngine:
     def limit_norm(self, limit: float) -> None:
         """See Engine."""
         self.optimizer.limit = limit
+
+    def group_squares(self) -> dict[str, Tensor]:
+        """See Engine."""
+        optimizer, config = self.optimizer, self.optimizer.config
+        pieces = list(optimizer.pieces())
+        device = pieces[0].weights.device
+        assert optimizer.squares is not None
+        return {
+            "param": squares_by_group([(piece.tower, piece.weights) for piece in pieces], device) / self._copies,
+            "update": update_squares(pieces, config.betas, config.eps, device) / self._copies,
+            "grad": optimizer.squares / self._world,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """See Engine."""

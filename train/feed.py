@@ -202,6 +202,13 @@ def describe_data(parts: list[Part]) -> str:
     return "; ".join(lines)
 
 
+def epoch_samples(parts: list[Part]) -> int:
+    """Samples of one pass through all that the last segment of the data selects."""
+    mixture = parts[-1].mixture
+    assert mixture is not None
+    return sum(selection.samples for selection in mixture.selections)
+
+
 def largest_workload(parts: list[Part], config: DataConfig, layout: Layout) -> Workload:
     """The workload of the bucket with the most video in any segment of the data, at this config's batch sizes."""
     found: list[Workload] = []

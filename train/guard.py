@@ -78,34 +78,52 @@ class StepSums:
     grad_norm: float
     flags: Flags
     finite: bool
+    extra: dict[str, list[float]]  # what else was posted, summed
+    wait: float  # seconds that this rank waited for the sums
 
 
 class StepSignals:
     """One asynchronous all-reduce a step over all ranks."""
 
     def __init__(self) -> None:
-        self._pending: tuple[int, Tensor, dist.Work] | None = None
+        self._pending: tuple[int, Tensor, dist.Work, dict[str, int]] | None = None
 
-    def post(self, step: int, loss: Tensor, video: Tensor, audio: Tensor, norm: Tensor, flags: Flags) -> None:
+    def post(
+        self,
+        step: int,
+        loss: Tensor,
+        video: Tensor,
+        audio: Tensor,
+        norm: Tensor,
+        flags: Flags,
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
         """Start summing. loss: this rank's share; video, audio [2]: (weighted sum of MSE, sum of weights); norm: the
-        same on all ranks."""
+        same on all ranks; extra: whatever else is to be summed, [n] each, of the same names on all ranks."""
         assert self._pending is None, "collect the last step's sums first"
         norm_share = norm / dist.get_world_size()
         said = torch.tensor([float(flag) for flag in flags], device=loss.device)
-        parts = [loss.view(1), video, audio, norm_share.view(1), said]
+        extra = extra or {}
+        parts = [loss.view(1), video, audio, norm_share.view(1), said, *extra.values()]
         vector = torch.cat([part.to(torch.float64) for part in parts])
         work = dist.all_reduce(vector, async_op=True)
         assert work is not None
-        self._pending = (step, vector, work)
+        self._pending = (step, vector, work, {name: len(values) for name, values in extra.items()})
 
     def collect(self) -> StepSums | None:
         """The sums of the step posted last, or None when there is none."""
         if self._pending is None:
             return None
-        step, vector, work = self._pending
+        step, vector, work, sizes = self._pending
         self._pending = None
+        begin = time.perf_counter()
         work.wait()
-        loss, video, video_weight, audio, audio_weight, norm, *said = vector.tolist()
+        loss, video, video_weight, audio, audio_weight, norm, *rest = vector.tolist()
+        wait = time.perf_counter() - begin
+        said, rest = rest[: len(Flags._fields)], rest[len(Flags._fields) :]
+        extra: dict[str, list[float]] = {}
+        for name, size in sizes.items():
+            extra[name], rest = rest[:size], rest[size:]
         finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
         return StepSums(
             step,
@@ -115,6 +133,8 @@ class StepSignals:
             norm,
             Flags(*(value > 0 for value in said)),
             finite,
+            extra,
+            wait,
         )
 
 

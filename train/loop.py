@@ -12,10 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.batch import Batch
 from data.errors import DataError, ReadError
 from data.stream import Stream
-from model.joint import JointConfig
 from train import checkpoint
 from train.bad_steps import Finding, Judge
 from train.checkpoint import TrainState
@@ -24,14 +22,15 @@ from train.corruption import compare_replicas
 from train.counters import CollectiveCounter
 from train.engine import build_engine
 from train.errors import LINGER, RankError, RunError, exit_status, lost_peer
-from train.feed import describe_data, largest_workload, open_data, open_dataset, open_stream, start_state
-from train.guard import Flags, StepSignals, StopRequest, gather, on_first_rank
+from train.feed import describe_data, epoch_samples, largest_workload, open_data, open_dataset, open_stream, start_state
+from train.guard import Flags, StepSignals, StepSums, StopRequest, gather, on_first_rank
 from train.lag import LagProbe, SlowRank
 from train.mesh import Layout
+from train.meter import Meter
 from train.monitor import Monitor, cut_metrics
 from train.objective import Objective
 from train.optim import lr_factor
-from train.parallelize import compiled_graphs
+from train.parallelize import compiled_graphs, recomputed_units
 from train.run_dir import RunDir
 from train.saver import Saver
 from train.step import StepLosses, forward_backward
@@ -97,10 +96,14 @@ def _train(
         run_dir.write_status("running", step=state.step, layout=layout.describe())
 
     with ExitStack() as stack:
-        monitor = Monitor(run_dir, config.monitor, resolved, config.steps, active=first)
-        stack.callback(monitor.close)
+        table = dict(layout_rows(config.model, config.parallel, layout, workload))
+        monitor = stack.enter_context(
+            Monitor(
+                run_dir, config.monitor, resolved, config.steps, first, {"layout": table, "parameters": engine.size}
+            )
+        )
         monitor.say(f"run {run_dir.root}: {layout.describe()}; {engine.size:,} parameters; data {describe_data(data)}")
-        for what, value in layout_rows(config.model, config.parallel, layout, workload):
+        for what, value in table.items():
             monitor.say(f"  {what:<20}{value}")
         if found is None and config.run.start_from is not None:
             monitor.say(f"weights of {started_from}")
@@ -120,6 +123,8 @@ def _train(
         stream = open_stream(data, state.data, config.data, layout, objective, config.seed, config.model.text_length)
         stack.callback(stream.close)
 
+        recomputed = recomputed_units(engine.network, config.parallel, layout, workload)
+        meter = Meter(config.monitor, config.model, engine, layout, recomputed, epoch_samples(data))
         signals = StepSignals()
         details: dict[str, float | str] = {}  # of the step whose sums are under way
         losses: StepLosses | None = None  # likewise
@@ -133,18 +138,20 @@ def _train(
             if sums is None or losses is None:
                 return
             asked = sums.flags
-            found = {"loss": sums.loss, "loss_video": sums.loss_video, "loss_audio": sums.loss_audio}
-            found["grad_norm"] = sums.grad_norm
             finding = judge.look(sums, objective.expert(sums.step))
             if finding.bad:
-                _report(finding, found, losses, stream, monitor)
-            monitor.step(sums.step, {**found, **details, **({"skipped": 1} if finding.skipped else {})})
+                _report(finding, sums, losses, stream, monitor)
+            skipped = {"train/skipped": 1} if finding.skipped else {}
+            found = meter.read(sums, objective.expert(sums.step)) | {"perf/comm_wait": sums.wait}
+            monitor.step(sums.step, found | details | skipped)
 
         def save() -> None:
             """Begin to save the state as it is; its metrics are complete before it is committed."""
             collect()
+            begin = time.perf_counter()
             compare_replicas(engine, layout, state.step)
             saver.begin(state, monitor.sync, needed=judge.in_a_row[0] if judge.in_a_row else None)
+            meter.stall("checkpoint", time.perf_counter() - begin)
 
         def rewind() -> None:
             """Take the weights from before the bad steps, and go on after them. RunError where that is impossible."""
@@ -186,6 +193,7 @@ def _train(
             factor = lr_factor(config.optim, step, config.steps)
             if config.guard.skip_spikes:
                 engine.limit_norm(judge.limit(step, expert))
+            meter.begin(step)
             counter = CollectiveCounter(layout) if _due(config.monitor.count_collectives, step + 1) else None
             with counter or nullcontext():
                 now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
@@ -195,21 +203,20 @@ def _train(
             stopping, save_due = asked.stop, asked.save
             losses = now_losses
             flags = Flags(stop.requested(), first and saver.due_by_clock(), saver.failed())
-            signals.post(step, losses.share, losses.video, losses.audio, norm, flags)
-            state.step = step + 1
+            extra = meter.sums(step, losses)
+            signals.post(step, losses.share, losses.video, losses.audio, norm, flags, extra)
+            state.step, state.seen = step + 1, state.seen.after(micro_batches[0].batch)
             now = time.perf_counter()
-            tokens = micro_batches[0].batch.total_weight * _tokens(micro_batches[0].batch, config.model)
             details = {
-                "expert": expert,
-                "lr_tower": config.optim.lr_tower * factor,
-                "lr_bridge": config.optim.lr_bridge * factor,
-                "tokens_per_s": tokens / (now - begin),
-                "step_time": now - begin,
-                "data_wait": stream.data_wait,
+                "train/expert": expert,
+                "train/lr_tower": config.optim.lr_tower * factor,
+                "train/lr_bridge": config.optim.lr_bridge * factor,
+                "perf/data_wait": stream.data_wait,
+                **meter.host(step, micro_batches, now - begin, state.seen),
                 **(counter.metrics() if counter is not None else {}),
             }
             if config.parallel.compile != "none":
-                details["compiled_graphs"] = compiled_graphs()
+                details["perf/compiled_graphs"] = compiled_graphs()
             lag.add(stream.data_wait, now - begin)
             stop.lead = config.guard.stop_margin + 2 * saver.seconds + 5 * (now - begin)
             begin = now
@@ -220,6 +227,7 @@ def _train(
                 if validator is not None and not stopping:
                     watchdog.beat(f"in the validation after step {step}")
                     monitor.validation(state.step, validator.run_all(engine))
+                    meter.stall("validation", time.perf_counter() - now)
             if _due(config.parallel.replica_check, state.step):
                 compare_replicas(engine, layout, state.step)
             if _due(config.guard.lag_every, state.step):
@@ -239,12 +247,14 @@ def _train(
             monitor.event(event.kind, event.step, event.text, **event.details)
         if state.step == config.steps:
             return "finished", state.step
-        monitor.say(f"stopped at step {state.step} of {config.steps}, as asked; the same command goes on from there")
+        text = f"stopped at step {state.step} of {config.steps}, as asked; the same command goes on from there"
+        monitor.event("stopped", state.step, text)
         return "stopped", state.step
 
 
-def _report(finding: Finding, values: dict[str, float], losses: StepLosses, stream: Stream, monitor: Monitor) -> None:
+def _report(finding: Finding, sums: StepSums, losses: StepLosses, stream: Stream, monitor: Monitor) -> None:
     """Name the samples of a bad step, in bad_steps.jsonl and to the user. All ranks call it for the same step."""
+    values = {name: getattr(sums, name) for name in ("loss", "loss_video", "loss_audio", "grad_norm")}
     damaged = sorted(set(gather(losses.damaged()))) if not finding.finite else []
     samples = sorted(set(gather([key for keys, _ in losses.inputs for key in keys])))
     what = "skipped" if finding.skipped else "spike" if finding.finite else "not finite"
@@ -270,7 +280,7 @@ def _report_lag(slow: list[SlowRank], step: int, monitor: Monitor) -> dict[str, 
         else:
             text = f"rank {rank.rank} waits {rank.seconds:.3f} s for data in each step"
         monitor.event("slow rank", step, text, rank=rank.rank, what=rank.what, ratio=round(rank.ratio, 2))
-    return {"slow_ranks": ",".join(sorted({str(rank.rank) for rank in slow}))} if slow else {}
+    return {"perf/slow_ranks": ",".join(sorted({str(rank.rank) for rank in slow}))} if slow else {}
 
 
 def _record_failure(error: BaseException, run_dir: RunDir, first: bool) -> None:
@@ -285,9 +295,3 @@ def _record_failure(error: BaseException, run_dir: RunDir, first: bool) -> None:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _tokens(batch: Batch, model: JointConfig) -> int:
-    """Video and audio tokens of one sample of this batch."""
-    video = math.prod(batch.video.shape[2:]) // math.prod(model.video.patch_size)
-    return video + batch.audio.shape[2] // model.audio.patch_size[0]

@@ -1,10 +1,9 @@
-"""What a user sees of a run: metrics.jsonl (the truth), Weights & Biases, and a line of progress with time left."""
+"""What a user sees of a run: metrics.jsonl (the truth), Weights & Biases after it, and a line of progress."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -15,42 +14,63 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from train.lines import Lines
 from train.run_dir import RunDir, write_atomically
+from train.wandb_log import WandbLog
 
 WANDB_MODES = ("offline", "online", "disabled")
+ALERTS = ("not finite", "went back", "checkpoint failed", "stopped")  # events that W&B sends messages about
 
 
 @dataclass
 class MonitorConfig:
     """`wandb`: offline (default), online or disabled; its run id is the run directory's name. Lines of progress come
-    every `progress_seconds` where there is no terminal. `count_collectives`: every so many steps the metrics hold what
-    this rank sent, by mesh axis and collective (0: never); such a step is a little slower."""
+    every `progress_seconds` where there is no terminal. Every `every` steps (0: never) the metrics hold norms by module
+    group, what the Bridge adds, and memory. `count_collectives`: every so many steps they hold what this rank sent, by
+    mesh axis and collective (0: never); such a step is a little slower. `peak_tflops`: of one device, dense bfloat16,
+    for MFU and HFU where train/pace.py does not know the device."""
 
     wandb: str = "offline"
     project: str = "mova"
     progress_seconds: float = 5.0
+    every: int = 10
+    peak_tflops: float | None = None
     count_collectives: int = 0
 
     def __post_init__(self) -> None:
         if self.wandb not in WANDB_MODES:
             raise ValueError(f"monitor.wandb {self.wandb!r} is not one of {', '.join(WANDB_MODES)}")
-        if self.count_collectives < 0:
-            raise ValueError(f"monitor.count_collectives is {self.count_collectives}; give steps, or 0 for never")
+        for name in ("count_collectives", "every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"monitor.{name} is {getattr(self, name)}; give steps, or 0 for never")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"monitor.peak_tflops is {self.peak_tflops}; give TFLOP/s above 0, or null")
 
 
 class Monitor:
     """Metrics of one run, on its first rank; on the other ranks every method does nothing."""
 
-    def __init__(self, run: RunDir, config: MonitorConfig, resolved: dict[str, Any], steps: int, active: bool) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        config: MonitorConfig,
+        resolved: dict[str, Any],
+        steps: int,
+        active: bool,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """`facts`: what W&B shows beside the config."""
         self.active = active
         if not active:
             return
         self._steps = steps
+        self._name = run.root.name
         self._seconds = config.progress_seconds
         self._last_line = 0.0
         self._metrics = Lines(run.metrics)
         self._events = Lines(run.root / "events.jsonl")
         self._bad_steps = Lines(run.root / "bad_steps.jsonl")
-        self._wandb = _start_wandb(run, config, resolved) if config.wandb != "disabled" else None
+        self._wandb: WandbLog | None = None
+        if config.wandb != "disabled":
+            self._wandb = WandbLog(run, config.wandb, config.project, resolved, facts)
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -66,11 +86,10 @@ class Monitor:
         if not self.active:
             return
         self._metrics.append({"step": step, **metrics})
-        if self._wandb is not None:
-            self._wandb.log({f"train/{k}": v for k, v in metrics.items()}, step=step)
         text = (
-            f"loss {metrics['loss']:.4f} (video {metrics['loss_video']:.4f}, audio {metrics['loss_audio']:.4f}, "
-            f"{metrics['expert']})  {metrics['tokens_per_s']:,.0f} tokens/s"
+            f"loss {metrics['train/loss']:.4f} (video {metrics['train/loss_video']:.4f}, "
+            f"audio {metrics['train/loss_audio']:.4f}, {metrics['train/expert']})  "
+            f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
         )
         now = time.monotonic()
         if self._begin is None:
@@ -88,8 +107,6 @@ class Monitor:
         if not self.active:
             return
         self._metrics.append({"step": step, **{f"valid/{k}": v for k, v in losses.items()}})
-        if self._wandb is not None:
-            self._wandb.log({f"valid/{k}": v for k, v in losses.items()}, step=step)
         self.say(f"after {step} steps: validation loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
 
     def event(self, kind: str, step: int, text: str, **details: Any) -> None:
@@ -97,6 +114,8 @@ class Monitor:
         if not self.active:
             return
         self._events.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, "step": step, **details})
+        if self._wandb is not None and kind in ALERTS:
+            self._wandb.alert(f"{self._name}: {kind}", text)
         self.say(text)
 
     def bad_step(self, step: int, details: dict[str, Any]) -> None:
@@ -118,14 +137,22 @@ class Monitor:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Flush everything; W&B's offline folder is complete afterwards."""
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Flush everything; W&B's offline folder is complete afterwards, and tells of the error that ended the run."""
         if not self.active:
             return
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
         if self._wandb is not None:
-            self._wandb.finish()
+            if error is not None:
+                self._wandb.alert(f"{self._name}: failed", str(error) or type(error).__name__, "ERROR")
+            folder = self._wandb.close()
+            if folder is not None:
+                self.say(f"W&B (offline): wandb sync {folder}")
         for lines in (self._metrics, self._events, self._bad_steps):
             lines.close()
 
@@ -148,17 +175,6 @@ def cut_metrics(run: RunDir, step: int) -> None:
         if record["step"] < step or (is_validation and record["step"] == step > 0):
             kept.append(line)
     write_atomically(run.metrics, "".join(line + "\n" for line in kept))
-
-
-def _start_wandb(run: RunDir, config: MonitorConfig, resolved: dict[str, Any]) -> Any:
-    import wandb  # slow to import; runs with monitor.wandb=disabled do without
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    online = config.wandb == "online"
-    return wandb.init(
-        project=config.project, id=run.root.name, name=run.root.name, dir=str(run.root), config=resolved,
-        mode="online" if online else "offline", resume="allow" if online else None,
-    )  # fmt: skip
 
 
 def _clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from train.ema import Average, tower_of
+from train.probes import Piece, squares_by_group
 
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,6 +95,7 @@ class ShardedOptimizer:
         """
         self.config = config
         self.limit = math.inf  # see `step`
+        self.squares: Tensor | None = None  # of the last global gradient, by group of train/probes.py
         self.state_on_host = state_on_host
         self.parameters = dict(model.named_parameters())
         self.shard_group = shard_group
@@ -118,11 +120,17 @@ class ShardedOptimizer:
 
         Replicas hold equal gradients, so the squares are summed over one shard group only: each element counts once.
         """
-        gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        squares = torch.stack(torch._foreach_norm(gradients)).to(torch.float64).square().sum()
+        gradients = [(name, local(p.grad)) for name, p in self.parameters.items() if p.grad is not None]
+        self.squares = squares_by_group(gradients, gradients[0][1].device)
         if self.shard_group is not None:
-            dist.all_reduce(squares, group=self.shard_group)
-        return squares.sqrt()
+            dist.all_reduce(self.squares, group=self.shard_group)
+        return self.squares.sum().sqrt()
+
+    def pieces(self) -> Iterator[Piece]:
+        """The shards with their moments."""
+        rates = {group: rate["lr"] for group, rate in zip(("tower", "bridge"), self.adamw.param_groups, strict=True)}
+        for name, shard in self.shards.items():
+            yield Piece(tower_of(name), shard.detach(), self.adamw.state.get(shard), rates[group_of(name)])
 
     def step(self, factor: float, norm: Tensor) -> None:
         """Clip by the global `norm`, update at `factor` times each group's LR, and drop the gradients.

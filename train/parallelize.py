@@ -5,6 +5,7 @@ DeepSpeed ZeRO (train/zero.py) takes FSDP2's place in that order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from model.init import initial_value
 from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
 from train.mesh import DTYPES, Layout, ParallelConfig
-from train.recompute import choose_kinds, recompute_activations, units
+from train.recompute import choose_kinds, recompute_activations, shape_of, units
 from train.sequence import shard_sequence
 from train.workload import Workload
 
@@ -73,6 +74,15 @@ def recompute_kinds(
     """How each of the model's units is checkpointed under this layout."""
     compute, ranks = DTYPES[parallel.compute], layout.sequence.size
     return choose_kinds(model, parallel.recompute, parallel.recompute_gib, workload, ranks, compute)
+
+
+def recomputed_units(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None
+) -> Counter[tuple[str, str]]:
+    """How many units of each shape ("video", "to_audio", ...) are checkpointed in which way."""
+    names = {module: name for name, module in model.named_modules()}
+    kinds = recompute_kinds(model, parallel, layout, workload)
+    return Counter((shape_of(names[unit]), kind) for unit, kind in zip(units(model), kinds, strict=True))
 
 
 def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:

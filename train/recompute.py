@@ -69,7 +69,7 @@ def choose_kinds(
         return [kind] * len(modules)
     assert gib is not None and workload is not None
     names = {module: name for name, module in model.named_modules()}
-    shapes = [_shape_of(names[module]) for module in modules]
+    shapes = [shape_of(names[module]) for module in modules]
     experts = {shape: len(model.config.experts) if shape == "video" else 1 for shape in set(shapes)}
     counts = {shape: shapes.count(shape) // experts[shape] for shape in experts}  # that run in a step
     costs = {
@@ -154,7 +154,8 @@ def unit_cost(
     return UnitCost(kept, clips * recompute)
 
 
-def _shape_of(name: str) -> str:
+def shape_of(name: str) -> str:
+    """The shape of a unit, by its name in the model."""
     if name.startswith("dual_tower_bridge"):
         return "to_video" if "audio_to_video" in name else "to_audio"
     return "audio" if name.startswith("audio_dit") else "video"

@@ -158,6 +158,7 @@ class Saver:
             "averages": state.engine.average_counts(),
             "parameters": parameters_of(tensors),
             "history": state.history,
+            "seen": state.seen,
             "config": self._resolved,
             "layout": self._layout,
             "torch": torch.__version__,

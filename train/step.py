@@ -14,6 +14,7 @@ from model.joint import JointTransformer
 from train.feed import Prepared
 from train.mesh import Layout
 from train.objective import ObjectiveConfig, loss_share
+from train.probes import NOISE_BINS, noise_bins
 
 
 @dataclass
@@ -23,6 +24,7 @@ class StepLosses:
     share: Tensor  # scalar, the share of the loss
     video: Tensor  # [2]: weighted sum of per-sample MSE, sum of weights
     audio: Tensor  # [2]
+    noise: Tensor  # [2, NOISE_BINS, 2]: the same by noise level, of video and of audio
     inputs: list[tuple[list[str], Tensor]]  # keys of each micro-batch, and [B] whether the sample's latents are finite
 
     def damaged(self) -> list[str]:
@@ -49,16 +51,20 @@ def forward_backward(
     share = torch.zeros((), device=layout.device)
     inputs: list[tuple[list[str], Tensor]] = []
     sums = torch.zeros(2, 2, dtype=torch.float64, device=layout.device)
+    noise = torch.zeros(2, NOISE_BINS, 2, dtype=torch.float64, device=layout.device)
     for i, prepared in enumerate(micro_batches):
         batch, draws = prepared.batch.to(layout.device), prepared.draws.to(layout.device)
         inputs.append((batch.keys, _finite(batch.video) & _finite(batch.audio) & _finite(batch.condition)))
         parts = loss_share(model, batch, draws, objective, expert, layout.sequence.size)
         backward(parts.share * layout.world, i == len(micro_batches) - 1)
         share = share + parts.share.detach()
-        for row, mse, present in ((0, parts.video, batch.video_weight), (1, parts.audio, batch.audio_weight)):
+        errors = ((parts.video, batch.video_weight, draws.t_video), (parts.audio, batch.audio_weight, draws.t_audio))
+        for row, (mse, present, t) in enumerate(errors):
             weight = batch.weight * present * parts.learned[row]
             sums[row] += torch.stack([(weight * mse).sum(), weight.sum() / layout.sequence.size])
-    return StepLosses(share, sums[0], sums[1], inputs)
+            # Each rank of a sequence-parallel group has a part of the error, and counts as much of the weight.
+            noise[row] += noise_bins(t, mse * layout.sequence.size, weight) / layout.sequence.size
+    return StepLosses(share, sums[0], sums[1], noise, inputs)
 
 
 def _finite(latents: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from train.errors import RunError
 from train.mesh import DTYPES, Layout, ParallelConfig
 from train.optim import MOMENTS, OptimConfig, group_of
 from train.parallelize import prepare_model
+from train.probes import Piece, squares_by_group, update_squares
 from train.recompute import units
 from train.workload import Workload
 
@@ -74,6 +75,8 @@ class ZeroEngine:
             network = JointTransformer(config)
         prepare_model(network, parallel, layout, workload)
         network.to(DTYPES[parallel.compute])
+        self.network = network
+        self._optim = optim
         self.size = sum(parameter.numel() for parameter in network.parameters())
         settings = _settings(self._stage, parallel, optim, self.size)
         _materialise(network, layout.device, settings if self._stage == 3 else None)
@@ -127,6 +130,18 @@ class ZeroEngine:
     def limit_norm(self, limit: float) -> None:
         """See Engine. DeepSpeed decides for itself what it does not apply."""
         raise RunError("guard.skip_spikes needs parallel=fsdp2")
+
+    def group_squares(self) -> dict[str, Tensor]:
+        """See Engine."""
+        groups = self._adamw.param_groups
+        pieces = [
+            Piece(self._tower(index), master.detach(), self._adamw.state[master], groups[index]["lr"])
+            for index, master in self._masters()
+        ]
+        return {
+            "param": squares_by_group([(piece.tower, piece.weights) for piece in pieces], self._engine.device),
+            "update": update_squares(pieces, self._optim.betas, self._optim.eps, self._engine.device),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """See Engine. Copies on the host, gathered one parameter at a time."""

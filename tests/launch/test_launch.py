@@ -64,7 +64,7 @@ def launched() -> Iterator[list[subprocess.Popen[str]]]:
 def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int = 2, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
+    while not (metrics.exists() and metrics.read_text().count('"train/loss"') >= steps):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline, "the run did not begin to train"
         time.sleep(0.1)

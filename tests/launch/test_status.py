@@ -21,7 +21,9 @@ def run(tmp_path: Path) -> RunDir:
     (run.checkpoints / "step-00000080" / "COMMITTED").touch()
     (run.checkpoints / "step-00000100").mkdir()  # being written
     run.config.write_text(yaml.safe_dump({"steps": 200}))
-    lines = [{"step": n, "loss": 2.0 - n / 100, "step_time": 3.0, "tokens_per_s": 1e5} for n in range(100)]
+    lines = [
+        {"step": n, "train/loss": 2.0 - n / 100, "perf/step_time": 3.0, "perf/tokens_per_s": 1e5} for n in range(100)
+    ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 100, "lo')
     return run
 

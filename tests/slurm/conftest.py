@@ -118,9 +118,9 @@ class Run:
     def losses(self) -> dict[int, float]:
         path = self.folder / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        steps = [line["step"] for line in lines if "loss" in line]
+        steps = [line["step"] for line in lines if "train/loss" in line]
         assert len(steps) == len(set(steps)), "a step stands twice in metrics.jsonl"
-        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
     def log(self) -> str:
         """All that the run's processes printed."""

@@ -19,7 +19,15 @@ def make_run(root: Path) -> Path:
     for step in range(20):
         loss = None if step == 4 else 2.0 - 0.05 * step
         expert = ("high", "low")[step % 2]
-        lines.append({"step": step, "loss": loss, "loss_video": loss, "loss_audio": 1.0, "expert": expert})
+        lines.append(
+            {
+                "step": step,
+                "train/loss": loss,
+                "train/loss_video": loss,
+                "train/loss_audio": 1.0,
+                "train/expert": expert,
+            }
+        )
     lines.append({"step": 20, "valid/loss": 1.0, "valid/video": 0.85, "valid/audio": 0.75})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (root / "metrics.jsonl").write_text(text + '{"step": 20, "lo')

@@ -41,7 +41,6 @@ POINTS = {  # where a rank dies: in which room
     "time": "anywhere",
 }  # fmt: skip
 FIRST_RANK_ONLY = ("marker", "committed", "prune", "metrics cut", "resumed")
-CLOCK = ("tokens_per_s", "step_time", "data_wait")
 RETRY = 75
 
 
@@ -115,7 +114,7 @@ def _train(command: list[str], environment: dict[str, str], folder: Path, said: 
 def curve(folder: Path, run: str) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
 def final_tensors(folder: Path, run: str, step: int) -> dict[str, torch.Tensor]:
@@ -165,7 +164,7 @@ def torment(folder: Path, run: str, steps: int, kills: int, seed: int = 0) -> li
     book = folder / f"{run}.kills.jsonl"
     deaths = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
     while len(deaths) < kills:
-        done = max((line["step"] + 1 for line in curve(folder, run) if "loss" in line), default=0) if (
+        done = max((line["step"] + 1 for line in curve(folder, run) if "train/loss" in line), default=0) if (
             (folder / run / "metrics.jsonl").exists()) else 0  # fmt: skip
         rng = random.Random(seed * 1000 + len(deaths))
         point, victims = choose(rng, len(deaths), steps - 10 - done, kills - len(deaths))
@@ -195,7 +194,7 @@ def compare(folder: Path, steps: int) -> None:
     whole, broken = curve(folder, "whole"), curve(folder, "killed")
     for expected, found in zip(whole, broken, strict=True):
         assert expected == found, f"unbroken: {expected}\nkilled:   {found}"
-    assert [line["step"] for line in broken if "loss" in line] == list(range(steps))
+    assert [line["step"] for line in broken if "train/loss" in line] == list(range(steps))
     assert consumed(folder, "killed") == consumed(folder, "whole")
     numbers = [number for step in range(steps) for number in consumed(folder, "killed")[step]]
     assert numbers == list(range(4 * steps)), "samples were lost or repeated"
@@ -270,9 +269,9 @@ def travel(folder: Path, steps: int = 24) -> None:
         for expected, found in zip(whole, curve(folder, run), strict=True):
             assert expected["step"] == found["step"]
             for key in expected.keys() & {
-                "loss",
-                "loss_video",
-                "loss_audio",
+                "train/loss",
+                "train/loss_video",
+                "train/loss_audio",
                 "valid/loss",
                 "valid/video",
                 "valid/audio",

@@ -61,9 +61,8 @@ def train(
 def metrics(root: Path, run_id: str) -> tuple[list[dict], list[dict]]:
     """(training records, validation records) of a run, without what depends on the clock."""
     lines = [json.loads(line) for line in (root / run_id / "metrics.jsonl").read_text().splitlines()]
-    clock = ("tokens_per_s", "step_time", "data_wait")
-    lines = [{k: v for k, v in line.items() if k not in clock} for line in lines]
-    return [x for x in lines if "loss" in x], [x for x in lines if "valid/loss" in x]
+    lines = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    return [x for x in lines if "train/loss" in x], [x for x in lines if "valid/loss" in x]
 
 
 def status(root: Path, run_id: str) -> dict:

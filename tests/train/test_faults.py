@@ -96,7 +96,7 @@ def test_rewinding_takes_the_weights_from_before_and_goes_on_behind_the_bad_batc
     assert event["checkpoint"] == "step-00000004" and (event["first"], event["last"]) == (5, 7)
     training, _ = metrics(root, "rewound")
     assert [entry["step"] for entry in training] == list(range(12))
-    assert [entry["step"] for entry in training if entry["loss"] is None] == [5, 6, 7]
+    assert [entry["step"] for entry in training if entry["train/loss"] is None] == [5, 6, 7]
     state = json.loads((root / "rewound" / "checkpoints" / "step-00000012" / "state.json").read_text())
     assert state["step"] == state["data"]["position"] == 12
     # Of 12 attempted steps: 4 lie before the checkpoint, number 4 was taken back, 3 were bad, the others follow.
@@ -120,7 +120,7 @@ def test_a_skipped_spike_leaves_weights_and_moments_as_they_were(runs_with_fault
     root, results = runs_with_faults
     assert results["skipped"][0]["ending"] == "finished"
     training, _ = metrics(root, "skipped")
-    assert [entry["step"] for entry in training if entry.get("skipped")] == [50]
+    assert [entry["step"] for entry in training if entry.get("train/skipped")] == [50]
     for name, count in (("spike", 60), ("skipped", 59)):
         state = json.loads((root / name / "checkpoints" / "step-00000060" / "state.json").read_text())
         assert max(state["optimizer_steps"].values()) == count

@@ -77,9 +77,16 @@ def test_two_ranks_that_share_each_sample_follow_the_same_curve(place, finished)
     for found, expected in zip(metrics(place, "sequence"), metrics(place, "unbroken"), strict=True):
         assert found[0].keys() == expected[0].keys() and len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
-            for key in a.keys() & {"loss", "loss_video", "loss_audio", "valid/loss", "valid/video", "valid/audio"}:
+            for key in a.keys() & {
+                "train/loss",
+                "train/loss_video",
+                "train/loss_audio",
+                "valid/loss",
+                "valid/video",
+                "valid/audio",
+            }:
                 assert a[key] == (None if b[key] is None else pytest.approx(b[key], rel=2e-3)), (a["step"], key)
-        assert found[0].get("loss", 1.0) == pytest.approx(expected[0].get("loss", 1.0), rel=1e-6)
+        assert found[0].get("train/loss", 1.0) == pytest.approx(expected[0].get("train/loss", 1.0), rel=1e-6)
 
 
 def poisoned(*arguments):
@@ -89,7 +96,9 @@ def poisoned(*arguments):
 def test_a_nan_seen_on_the_device_names_its_sample_on_all_ranks_and_the_run_goes_on(place, finished):
     assert [r["ending"] for r in finished["poisoned"]] == ["finished"] * 2
     training, _ = metrics(place, "poisoned")
-    assert [x["step"] for x in training if x["grad_norm"] is None] == [1]  # its update was suppressed, the others not
+    assert [x["step"] for x in training if x["train/grad_norm"] is None] == [
+        1
+    ]  # its update was suppressed, the others not
     state = json.loads((place / "poisoned" / "checkpoints" / "step-00000006" / "state.json").read_text())
     (entry,) = state["data"]["quarantine"]
     assert entry["step"] == 1 and entry["reason"] == "NaN or inf on the device"
@@ -108,11 +117,13 @@ def test_only_the_first_rank_speaks(finished):
 
 def test_mute_clips_and_every_modality_are_counted(place, finished):
     training, _ = metrics(place, "unbroken")
-    mute = [x for x in training if x["loss_audio"] is None]
+    mute = [x for x in training if x["train/loss_audio"] is None]
     assert 1 <= len(mute) < len(training)
-    assert all(x["loss"] == pytest.approx(x["loss_video"], rel=1e-6) for x in mute)
-    heard = [x for x in training if x["loss_audio"] is not None]
-    assert all(x["loss"] == pytest.approx(x["loss_video"] + 0.2 * x["loss_audio"], rel=1e-5) for x in heard)
+    assert all(x["train/loss"] == pytest.approx(x["train/loss_video"], rel=1e-6) for x in mute)
+    heard = [x for x in training if x["train/loss_audio"] is not None]
+    assert all(
+        x["train/loss"] == pytest.approx(x["train/loss_video"] + 0.2 * x["train/loss_audio"], rel=1e-5) for x in heard
+    )
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +192,7 @@ def test_one_process_follows_the_same_curve_as_two(place, alone):
         for key, value in a.items():
             expected = pytest.approx(b[key], rel=2e-3) if isinstance(value, float) else b[key]
             assert value == expected, (a["step"], key)
-    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+    assert one[0]["train/loss"] == pytest.approx(two[0]["train/loss"], rel=1e-6)
 
 
 def test_a_half_written_and_a_damaged_checkpoint_are_passed_over(place, alone):
@@ -194,7 +205,7 @@ def test_a_nan_in_a_latent_costs_the_sample_not_the_run(place, alone):
     assert alone["nan"][0]["ending"] == alone["nan_resumed"][0]["ending"] == "finished"
     training, _ = metrics(place, "nan")
     assert [x["step"] for x in training] == [0, 1, 2]
-    assert all(math.isfinite(x["loss"]) for x in training)
+    assert all(math.isfinite(x["train/loss"]) for x in training)
     state = json.loads((place / "nan" / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert [entry["shard"] for entry in state["data"]["quarantine"]] == ["av-000000.tar"]
 
@@ -244,7 +255,7 @@ def test_killed_at_any_moment_and_resumed_equals_the_unbroken_run(place, finishe
     lines = place / "killed" / "metrics.jsonl"
     first = subprocess.Popen([*command, "steps=100000"], env=environment, cwd=place, start_new_session=True)
     deadline = time.time() + 120
-    while time.time() < deadline and not (lines.exists() and lines.read_text().count('"grad_norm"') >= 5):
+    while time.time() < deadline and not (lines.exists() and lines.read_text().count('"train/grad_norm"') >= 5):
         assert first.poll() is None
         time.sleep(0.02)
     second = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=120)

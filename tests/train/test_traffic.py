@@ -77,7 +77,7 @@ def test_each_unit_of_the_active_expert_is_gathered_once_in_forward_and_once_in_
     """Twice in all, whatever is fetched ahead; the idle expert never."""
     tower, bridge = 2 + 2 + 1, 2 * 1  # stem, time path, blocks (2 of video, 1 of audio), head; both directions
     units = tower + (tower - 1) + bridge
-    assert counted["fsdp"][0]["metrics"]["comm/fsdp/all_gather_calls"] == 2 * units + 1  # the root, once
+    assert counted["fsdp"][0]["metrics"]["perf/comm/fsdp/all_gather_calls"] == 2 * units + 1  # the root, once
 
 
 # --- budgets of recomputation ----------------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ def death_to_step(data: str, folder: Path) -> tuple[float, float]:
 
 def _last_step(metrics: Path) -> int:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return max((json.loads(line)["step"] for line in lines if '"loss"' in line and line.endswith("}")), default=-1)
+    steps = [json.loads(line)["step"] for line in lines if '"train/loss"' in line and line.endswith("}")]
+    return max(steps, default=-1)
 
 
 def _wait(launcher: subprocess.Popen, condition) -> None:
