@@ -150,6 +150,19 @@ def test_damaged_pieces_are_said(tmp_path):
     Page(render(run, 12, 10**7))
 
 
+def test_checkpoints_are_listed_with_what_the_newest_says(tmp_path):
+    run = make_run(tmp_path / "run")
+    for step in (10, 20):
+        path = run.checkpoints / f"step-{step:08d}"
+        path.mkdir(parents=True)
+        state = {"layout": "2 ranks", "torch": "2.11", "data": {"quarantine": [1, 2]}}
+        (path / "state.json").write_text(json.dumps(state))
+        (path / "COMMITTED").write_text(json.dumps({"files": {"gone": {"bytes": 1, "crc32": 0}} if step == 10 else {}}))
+    page = render(run, 0, 0)
+    for word in ("2 samples in quarantine", "2 ranks; torch 2.11", "its file gone has None bytes"):
+        assert page.count(word) == 1, word
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(RunError, match="is no run"):
         render(RunDir(tmp_path), 12, 10**7)

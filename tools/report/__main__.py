@@ -69,7 +69,7 @@ def render(run: RunDir, samples: int, sample_bytes: int) -> str:
         facts=facts, charts=drawn, timeline=make_timeline(facts), most_events=MOST_EVENTS,
         sections=[name for name, part in parts.items() if part],
         thinned=any(curve.thinned for curve in history.curves.values()),
-        described=f"{run.root.absolute()}, looked at on {time.strftime('%Y-%m-%d at %H:%M')}",
+        described=f"{run.root}, looked at on {time.strftime('%Y-%m-%d at %H:%M')}",
         css=Markup((HERE / "page.css").read_text()), script=Markup((HERE / "page.js").read_text()),
         left=charts.LEFT, top=charts.TOP, plot_width=charts.WIDTH, plot_height=charts.HEIGHT,
         width=charts.LEFT + charts.WIDTH + 12, height=charts.TOP + charts.HEIGHT + charts.BOTTOM,

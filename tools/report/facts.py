@@ -9,7 +9,7 @@ import base64
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,18 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """One that is committed. `fault`: why it can't be used, or ""; `layout`, `note`: of the newest only."""
+
+    step: int
+    time: float
+    bytes: int
+    fault: str
+    layout: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Clip:
     """A clip for the page; `url`: data of the mp4."""
 
@@ -75,7 +87,7 @@ class Facts:
     tiles: list[tuple[str, str]] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     datasets: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     layout: list[tuple[str, str]] = field(default_factory=list)
     config: list[tuple[str, str]] = field(default_factory=list)
@@ -118,7 +130,7 @@ def read_facts(run: RunDir, steps: int, most_clips: int, most_bytes: int) -> Fac
         ("begun", time.strftime("%Y-%m-%d %H:%M", time.localtime(first)) if first else "?"),
         ("at work", clock(busy_seconds(facts.attempts)) if facts.attempts else "?"),
         ("restarts", str(max(len(facts.attempts) - 1, 0)) if facts.attempts else "?"),
-        ("last checkpoint", f"{facts.checkpoints[-1]['step']:,}" if facts.checkpoints else "none"),
+        ("last checkpoint", f"{facts.checkpoints[-1].step:,}" if facts.checkpoints else "none"),
     ]
     return facts
 
@@ -196,13 +208,13 @@ def _attempts(run: RunDir, facts: Facts) -> list[Attempt]:
     ]  # fmt: skip
 
 
-def _checkpoints(run: RunDir, facts: Facts) -> list[dict[str, Any]]:
-    rows = []
+def _checkpoints(run: RunDir, facts: Facts) -> list[Checkpoint]:
+    rows: list[Checkpoint] = []
     for path in committed(run.checkpoints):
         try:  # one may be rotated away while we look
             size = sum(file.stat().st_size for file in path.iterdir())
             when = (path / "COMMITTED").stat().st_mtime
-            rows.append({"step": step_of(path), "time": when, "bytes": size, "fault": damage(path) or ""})
+            rows.append(Checkpoint(step_of(path), when, size, damage(path) or ""))
         except OSError:
             continue
     if not rows:
@@ -210,8 +222,8 @@ def _checkpoints(run: RunDir, facts: Facts) -> list[dict[str, Any]]:
         return rows
     try:
         state = json.loads((committed(run.checkpoints)[-1] / STATE).read_text())
-        rows[-1]["note"] = f"{len(state['data']['quarantine']):,} samples in quarantine"
-        rows[-1]["layout"] = f"{state['layout']}; torch {state['torch']}"
+        layout, quarantined = f"{state['layout']}; torch {state['torch']}", len(state["data"]["quarantine"])
+        rows[-1] = replace(rows[-1], layout=layout, note=f"{quarantined:,} samples in quarantine")
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         pass
     return rows
@@ -244,8 +256,8 @@ def _data(config: dict[str, Any], facts: Facts) -> None:
 def _layout(config: dict[str, Any], status: dict[str, Any], facts: Facts) -> None:
     if status.get("layout"):
         facts.layout.append(("this attempt", str(status["layout"])))
-    if facts.checkpoints and facts.checkpoints[-1].get("layout"):
-        facts.layout.append(("of the last checkpoint", facts.checkpoints[-1]["layout"]))
+    if facts.checkpoints and facts.checkpoints[-1].layout:
+        facts.layout.append(("of the last checkpoint", facts.checkpoints[-1].layout))
     facts.layout += [(f"parallel.{key}", str(value)) for key, value in config.get("parallel", {}).items()]
     if not facts.layout:
         facts.missing.append("layout: neither status.json nor config.yaml tells of it")
