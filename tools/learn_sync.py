@@ -33,7 +33,7 @@ from tools.sync_score import TASKS
 
 console = Console(highlight=False, soft_wrap=True)
 SETS = {  # kind of clip, steps, thresholds of F1 by task
-    "easy": ("bounce", 3000, (0.95, 0.95, 0.85)),
+    "easy": ("bounce", 2400, (0.95, 0.95, 0.85)),
     "hard": ("juggle", 9000, (0.85, 0.80, 0.60)),
 }
 SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
@@ -76,7 +76,7 @@ def learn_sync(config: LearnSyncConfig) -> None:
         clips = place / "clips" / split
         what = (f"clips={count}", f"seed={seed}", f"kinds=[{kind}]", "sample_rate=16000")
         _run("data.synthesize", f"output={clips}", *what)
-        _run("data.prepare", f"source={clips}", f"output={place / split}", "samples_per_shard=256")
+        _run("data.prepare", f"source={clips}", f"output={place / split}")
     runs = {f"seed-{seed}": (seed, 0.0) for seed in config.seeds}
     if config.control:
         runs["no-bridge"] = (config.seeds[0], 1.0)
