@@ -121,8 +121,8 @@ def score(config: LearnSyncConfig, place: Path, run: Path, checkpoint: Path, spl
     if not out.exists():
         samples = [f"samples={place / 'samples' / run.name}"] if split == "test" and bridge else []
         _run(
-            "tools.sync_score", f"checkpoint={checkpoint}", f"data={place / split}", f"out={out}", f"bridge={bridge}",
-            f"voices={config.set == 'hard'}", *samples,
+            "tools.sync_score", f"checkpoint={checkpoint}", f"dataset={place / split}", f"out={out}",
+            f"bridge={bridge}", f"voices={config.set == 'hard'}", *samples,
         )  # fmt: skip
     return json.loads(out.read_text())
 

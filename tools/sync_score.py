@@ -1,6 +1,6 @@
 """How well a trained model synchronizes: it generates, and impacts are found in the decoded pixels and sound alone.
 
-    python -m tools.sync_score checkpoint=learn-sync/easy/runs/seed-0 data=learn-sync/easy/test out=scores.json
+    python -m tools.sync_score checkpoint=learn-sync/easy/runs/seed-0 dataset=learn-sync/easy/test out=scores.json
 
 Three tasks on held-out synthetic clips: sound for a given picture, a picture for a given sound (without its first
 frame, which would tell more), and both from the first frame. `bridge=false` cuts the Bridge; then nothing but chance
@@ -47,10 +47,10 @@ TASKS = ("video to audio", "audio to video", "joint")
 
 @dataclass
 class ScoreConfig:
-    """conf/sync_score.yaml. The first `clips` clips of the dataset `data` (0: all), `batch` at a time."""
+    """conf/sync_score.yaml. The first `clips` clips of `dataset` (0: all), `batch` at a time."""
 
     checkpoint: str = MISSING
-    data: str = MISSING
+    dataset: str = MISSING
     out: str = MISSING
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     clips: int = 0
@@ -86,7 +86,7 @@ def score(config: ScoreConfig, layout: Layout) -> dict[str, Agreement]:
     velocities: Callable[..., Velocities] = WholeField(model, layout)
     if not config.bridge:
         velocities = without_bridge(velocities)
-    index = DatasetIndex.open(Path(config.data))
+    index = DatasetIndex.open(Path(config.dataset))
     count = min(config.clips or len(index), len(index))
     empty = pad_text(index.empty_text().float(), model.config.text_length)
     found: dict[str, Agreement] = {}
@@ -127,7 +127,7 @@ def _generate(
     """Latents (video [B, 16, T, H, W], audio [B, 128, La]) for some clips, on the CPU, and frames a second."""
     clips = [index.read_clip(row) for row in rows]
     if any(clip.video is None or clip.audio is None for clip in clips):
-        raise RunError(f"dataset {config.data}: every clip must have picture and sound")
+        raise RunError(f"dataset {config.dataset}: every clip must have picture and sound")
     device = layout.device
     video = torch.stack([clip.video.float() for clip in clips if clip.video is not None]).to(device)
     audio = torch.stack([clip.audio.T.float() for clip in clips if clip.audio is not None]).to(device)
@@ -171,10 +171,10 @@ def main(config: DictConfig) -> None:
         device = start_process_group()
         try:
             layout = make_layout(typed.parallel, device)
-            found = score(typed, layout)
+            found, first = score(typed, layout), layout.first
         finally:
             dist.destroy_process_group()
-        if layout.first:
+        if first:
             content = {task: {**asdict(result), "f1": result.f1} for task, result in found.items()}
             Path(typed.out).parent.mkdir(parents=True, exist_ok=True)
             Path(typed.out).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,105 @@
+"""tools.sync_score on a model that has learned nothing, and what tools.learn_sync makes of scores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.prepare import PrepareConfig, prepare
+from data.synthesize import SynthesizeConfig, synthesize
+from tests.distributed import run_cases
+from tests.train import runs
+from tools import learn_sync
+from tools.learn_sync import LearnSyncConfig, LearnSyncError
+from tools.sync_score import TASKS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of four clips, and a run of two steps."""
+    folder = tmp_path_factory.mktemp("score")
+    clips = synthesize(SynthesizeConfig(output=str(folder / "clips"), clips=4, workers=1, kinds=["bounce"]))
+    prepare(PrepareConfig(source=str(clips), output=str(folder / "data"), workers=1))
+    texts = [f"model.{tower}.text_dim=256" for tower in ("video", "audio")]
+    keys = ["steps=2", "ema.decay=0.5", "model.prediction=sample", *texts]
+    results = run_cases(2, {"train": (runs.train, (folder / "runs", folder / "data", "made", *keys))})
+    assert results["train"][0].get("ending") == "finished", results["train"]
+    return folder
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [f"checkpoint={folder}/runs/made", f"dataset={folder}/data", f"out={folder}/s.json", "sampler.steps=2"]
+    return subprocess.run(
+        [sys.executable, "-m", "tools.sync_score", *words, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_what_is_given_is_found_and_what_an_untrained_model_makes_is_not(made: Path) -> None:
+    done = command(made, f"samples={made}/samples", "batch=3")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((made / "s.json").read_text())
+    events = sum(len(json.loads(path.read_text())["events"]) for path in (made / "clips").glob("clip-*.json"))
+    assert scores["video to audio"]["seen"] == events == scores["audio to video"]["heard"]
+    assert all(scores[task]["f1"] < 0.6 for task in TASKS)
+    assert len(list((made / "samples").glob("*.mp4"))) == 12
+    whole = scores
+    assert command(made, "bridge=false", "tasks=[joint]").returncode == 0
+    assert set(json.loads((made / "s.json").read_text())) == {"joint"} and whole["joint"] is not None
+
+
+@pytest.mark.parametrize(
+    "argument,message",
+    [("tasks=[dance]", "choose from video to audio"), ("dataset=nowhere", "nowhere"), ("weights=best", "ema or raw")],
+)
+def test_bad_requests_cost_one_line(made: Path, argument: str, message: str) -> None:
+    done = command(made, argument)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best test score belongs to another checkpoint than the best validation score: it must not be looked at."""
+    asked: list[tuple[str, ...]] = []
+    valid = {100: (0.9, 0.9, 0.2), 200: (0.8, 0.8, 0.7), 300: (0.9, 0.9, 0.6)}
+
+    def play(module: str, *arguments: str) -> None:
+        asked.append((module, *arguments))
+        keys = dict(word.split("=", 1) for word in arguments)
+        if module == "launch":
+            run = Path(keys["run.root"]) / keys["run.id"]
+            for step in valid:
+                (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+                (run / "checkpoints" / f"step-{step:08d}" / "COMMITTED").touch()
+            (run / "status.json").write_text('{"state": "finished"}')
+            (run / "metrics.jsonl").write_text('{"step": 0, "perf/step_time": 60.0}\n' * 3)
+        elif module == "tools.sync_score":
+            step = int(keys["checkpoint"][-8:])
+            f1s = valid[step] if keys["dataset"].endswith("valid") else (1 - step / 1000,) * 3
+            found = {"seen": 9, "heard": 8, "matched": 7, "chance": 0.3, "offset": 0.0}
+            Path(keys["out"]).parent.mkdir(exist_ok=True)
+            Path(keys["out"]).write_text(json.dumps({t: {**found, "f1": f} for t, f in zip(TASKS, f1s, strict=True)}))
+
+    monkeypatch.setattr(learn_sync, "_run", play)
+    monkeypatch.setattr(sys, "argv", ["learn_sync"])
+    config = LearnSyncConfig(root=str(tmp_path / "root"), seeds=[0, 1], bench=str(tmp_path / "bench"))
+    learn_sync.learn_sync(config)
+    text = (tmp_path / "bench" / "learn-sync-easy.md").read_text()
+    assert "F1 0.800 (0.800 to 0.800; asked 0.95)" in text and "best on validation after 200 steps" in text
+    assert "no-bridge, Bridge cut at sampling" in text and "7 matched of 9 seen and 8 heard" in text
+    assert (tmp_path / "bench" / "learn-sync-easy.png").stat().st_size > 10_000
+    trained = [words for words in asked if words[0] == "launch"]
+    assert [next(w for w in words if "bridge_dropout" in w)[-3:] for words in trained] == ["0.0", "0.0", "1.0"]
+    before = len(asked)
+    learn_sync.learn_sync(config)
+    assert {words[0] for words in asked[before:]} == {"data.synthesize", "data.prepare"}  # which find theirs complete
+
+
+def test_a_step_that_fails_ends_it(tmp_path: Path) -> None:
+    config = LearnSyncConfig(root=str(tmp_path), clips=0)
+    with pytest.raises(LearnSyncError, match="data.synthesize failed"):
+        learn_sync.learn_sync(config)
+    with pytest.raises(ValueError, match="choose from easy, hard"):
+        LearnSyncConfig(set="medium")
