@@ -84,6 +84,7 @@ class WandbLog:
         started = wandb.init(
             project=self._project, id=name, name=name, dir=str(self._run.root), config=self._config,
             mode="online" if online else "offline", resume="allow" if online else None,
+            settings=wandb.Settings(console="off"),  # the run's own logs hold what it says
         )  # fmt: skip
         self._first = started.step if online else 0
         code = self._run.root / "code"

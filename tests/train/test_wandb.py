@@ -1,0 +1,219 @@
+"""One W&B run over stops, kills and resumes: each step once, read back from the files as wandb's own messages."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data.clip import Bucket
+from tests.shards import make_dataset
+from tests.train import runs
+from train.run_dir import RunDir
+from train.samples import Sample, add_samples, folder_of
+from train.wandb_log import WandbLog
+
+CLIP = Bucket(frames=2, height=4, width=4, audio_steps=9, fps=24.0, has_video=True, has_audio=True)
+REPOSITORY = Path(__file__).parents[2]
+
+
+def messages(octets: bytes) -> Iterator[bytes]:
+    """The messages of a .wandb file: LevelDB's log format after a header of 7 bytes (wandb 0.31 has no reader of it in
+    Python any more). A message is one piece, or a first, middle ones and a last, none of which crosses a block."""
+    block, header = 32768, struct.Struct("<IHB")
+    assert octets[:4] == b":W&B"
+    place, whole = 7, b""
+    while place + header.size <= len(octets):
+        left = block - place % block
+        if left < header.size:
+            place += left
+            continue
+        checksum, size, kind = header.unpack_from(octets, place)
+        part = octets[place + header.size : place + header.size + size]
+        if len(part) < size or kind == 0:
+            return  # the end of one that was killed
+        assert zlib.crc32(bytes([kind]) + part) == checksum
+        place += header.size + size
+        whole = part if kind in (1, 2) else whole + part
+        if kind in (1, 4):
+            yield whole
+
+
+def _complete(octets: bytes) -> bool:
+    from wandb.proto import wandb_internal_pb2
+
+    last = wandb_internal_pb2.Record()
+    last.ParseFromString([b"", *messages(octets)][-1])
+    return last.WhichOneof("record_type") == "exit"
+
+
+def read_back(run: Path) -> dict:
+    """{"history": [(step, values)], "config", "alerts"} of the newest offline folder."""
+    from wandb.proto import wandb_internal_pb2
+
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    (file,) = folder.glob("run-*.wandb")
+    ended = time.time() + 30
+    while time.time() < ended and not _complete(file.read_bytes()):
+        time.sleep(0.05)  # wandb's own process writes the last of it after `finish`
+    found: dict = {"history": [], "config": {}, "alerts": [], "id": file.stem.removeprefix("run-")}
+    for octets in messages(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(octets)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = {
+                (item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
+            }
+            found["history"].append((record.history.step.num, items))
+        elif kind in ("run", "config"):
+            config = record.run.config if kind == "run" else record.config
+            found["config"] |= {item.key: json.loads(item.value_json) for item in config.update}
+        elif kind == "alert":
+            found["alerts"].append((record.alert.title, record.alert.text))
+    return found
+
+
+def expected_rows(run: Path) -> dict[int, dict]:
+    rows: dict[int, dict] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        row = rows.setdefault(record.pop("step"), {})
+        row |= {name: value for name, value in record.items() if value is not None}
+    return rows
+
+
+def assert_equal(found: dict, run: Path) -> None:
+    """Every step once, with what metrics.jsonl says of it."""
+    expected = expected_rows(run)
+    assert [step for step, _ in found["history"]] == sorted(expected)
+    for step, items in found["history"]:
+        values = {name: value for name, value in items.items() if not name.startswith(("_", "samples/"))}
+        assert values == expected[step], step
+
+
+def start(root: Path, *overrides: str) -> subprocess.Popen:
+    command = [
+        sys.executable, "-m", "train", *runs.SMALL, f"run.root={root}", "run.id=one", f"data.path={root / 'data'}",
+        f"data.valid_path={root / 'valid'}", "checkpoint.every=3", "monitor.wandb=offline", *overrides,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(run: Path, steps: int, process: subprocess.Popen) -> None:
+    """Until so many steps are recorded, and W&B has begun to write."""
+    metrics, deadline = run / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        trains = metrics.exists() and metrics.read_text().count('"train/loss"') >= steps
+        if trains and list((run / "wandb").glob("offline-run-*/run-*.wandb")):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run does not train")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run stopped, killed, stopped, and gone on with to its end."""
+    root = tmp_path_factory.mktemp("wandb")
+    make_dataset(root / "data", [(CLIP, 9), (CLIP, 6)])
+    make_dataset(root / "valid", [(CLIP, 4)], seed=1)
+    run, said = root / "one", []
+    for number, ending in enumerate(["stop", "kill", "stop"]):
+        process = start(root, "steps=100000")
+        before = 0 if not number else len(expected_rows(run))
+        wait_for(run, before + 5, process)
+        if ending == "kill":
+            psutil.Process(process.pid).kill()
+        else:
+            (run / "stop").touch()
+        said.append(process.communicate(timeout=60)[1])
+    done = max(expected_rows(run))
+    process = start(root, f"steps={done + 3}")
+    said.append(process.communicate(timeout=120)[1])
+    assert process.returncode == 0, said[-1][-2000:]
+    return run, said
+
+
+def test_each_step_stands_once_with_the_values_of_metrics_jsonl(run):
+    found = read_back(run[0])  # one folder is left, whatever was killed
+    assert_equal(found, run[0])
+    assert len(found["history"]) > 15 and found["id"] == "one"
+    assert any("valid/loss" in items for _, items in found["history"])
+    steps = [json.loads(line)["step"] for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in (run[0] / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    assert len(training) == max(steps)  # the last record is a validation, after so many steps
+
+
+def test_the_config_and_the_layout_are_attached_and_the_user_hears_how_to_upload(run):
+    found = read_back(run[0])
+    assert found["config"]["model"]["text_length"] == 4 and "ranks" in found["config"]["layout"]
+    (folder,) = (run[0] / "wandb").glob("offline-run-*")
+    assert f"wandb sync {folder}" in run[1][-1]
+
+
+def log_of(root: Path, *, alert: bool = False, samples: bool = False) -> RunDir:
+    run = RunDir.of(str(root), "small")
+    run.root.mkdir(exist_ok=True)
+    if samples:
+        folder_of(run.root).mkdir(exist_ok=True)
+        (folder_of(run.root) / "a.mp4").write_bytes(b"not a film, but W&B does not look")
+        add_samples(
+            run.root, [Sample(step=1, file="a.mp4", kind="text", prompt="a ball", seed=0, measures={"f1": 0.5})]
+        )
+    log = WandbLog(run, "offline", "mova", {}, None)
+    if alert:
+        log.alert("small: stopped", "after 3 steps")
+    log.close()
+    return run
+
+
+def test_words_alerts_and_a_line_that_death_cut_off(tmp_path):
+    (tmp_path / "small").mkdir()
+    lines = [
+        {"step": 0, "train/loss": 1.0, "train/expert": "high"},
+        {"step": 1, "train/loss": None},
+        {"step": 1, "v": 2},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "small" / "metrics.jsonl").write_text(text + '{"step": 2, "tr')
+    found = read_back(log_of(tmp_path, alert=True).root)
+    assert [(step, {k: v for k, v in row.items() if k[0] != "_"}) for step, row in found["history"]] == [
+        (0, {"train/loss": 1.0, "train/expert": "high"}), (1, {"v": 2})
+    ]  # fmt: skip
+    assert found["alerts"] == [("small: stopped", "after 3 steps")]
+
+
+def test_clips_are_attached_and_still_are_after_the_next_start(tmp_path):
+    (tmp_path / "small").mkdir()
+    text = "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in range(3))
+    (tmp_path / "small" / "metrics.jsonl").write_text(text)
+    for _ in range(2):
+        run = log_of(tmp_path, samples=True)
+        (row,) = [row for _, row in read_back(run.root)["history"] if any(key.startswith("samples/") for key in row)]
+        assert row["samples/f1"] == 0.5 and "of step 1: a ball" in json.dumps(row)
+        assert [file.suffix for file in (run.root / "wandb").glob("offline-run-*/files/media/videos/**/*.mp4")] == [
+            ".mp4"
+        ]
+        time.sleep(1.1)  # folders are named by the second
+
+
+def test_nothing_of_wandb_ends_a_run(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def broken(**_):
+        raise RuntimeError("no disk")
+
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(wandb, "init", broken)
+    assert log_of(tmp_path).root.is_dir()
+    assert "W&B is off from here on (RuntimeError: no disk)" in caplog.text
