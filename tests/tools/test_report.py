@@ -43,10 +43,12 @@ def make_run(root: Path, steps: int = 100) -> RunDir:
     run.write_status("failed", error=NASTY)
     lines = [{"step": 0, "valid/loss": 3.0, "valid/video": 2.0}]
     for step in range(steps):
+        expert = ("high", "low")[step % 2]
         lines.append({
-            "step": step, "train/loss": 2.0, "train/loss_video": 500.0 if step == 37 else 1.0,
-            "train/loss_audio": None if step == 5 else 1.0, "train/expert": ("high", "low")[step % 2],
-            "train/grad_norm/bridge": 0.5, "perf/tokens_per_s": 10.0, "data/epoch": step / 10, "train/word": NASTY,
+            "step": step, "train/loss": 2.0, "train/loss_video": 1.0 + 499 * (step == 37), "train/loss_audio": 1.0,
+            f"train/loss_video_{expert}": 1.0 + 499 * (step == 37),
+            f"train/loss_audio_{expert}": None if step == 5 else 1.0, "train/expert": expert,
+            "train/grad_norm_bridge": 0.5, "perf/tokens_per_s": 10.0, "data/epoch": step / 10, "train/word": NASTY,
             f"train/{NASTY}": 1.0, "stray": 4.0,
         })  # fmt: skip
     lines.append({"step": steps, "valid/loss": 1.0, "valid/video": 0.5})
@@ -123,7 +125,7 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     assert facts.resumed == [20] and [one.ended for one in facts.attempts] == ["killed", "crashed"]
     assert busy_seconds(facts.attempts) == 400.0
     page = render(run, 12, 10**7)
-    for word in ("1 lines cannot be read", "train/loss_audio (low) 1", "checkpoints: there is none yet",
+    for word in ("1 lines cannot be read", "train/loss_audio_low 1", "checkpoints: there is none yet",
                  "does not exist", "100 of 100", "f1 <b>0.5</b>", "held out: what was given"):  # fmt: skip
         assert word in page, word
 
@@ -187,14 +189,14 @@ def test_millions_of_steps_become_pixels_and_no_spike_is_lost(tmp_path):
 def test_short_runs_are_drawn_value_by_value_by_expert(tmp_path):
     run = make_run(tmp_path / "run")
     curves = read_history(run.metrics).curves
-    assert curves["train/loss_video (low)"].steps.tolist() == list(range(1, 100, 2))
-    assert curves["train/loss_video (low)"].high.max() == 500.0
-    assert curves["train/loss_audio (low)"].count == 49 and "train/word" not in curves
+    assert curves["train/loss_video_low"].steps.tolist() == list(range(1, 100, 2))
+    assert curves["train/loss_video_low"].high.max() == 500.0
+    assert curves["train/loss_audio_low"].count == 49 and "train/word" not in curves
     charts = make_charts(read_history(run.metrics), [20])
     drawn = [line.name for section in charts.values() for chart in section for line in chart.lines]
     assert sorted(drawn) == sorted(curves)  # each curve once, also one that no chart asks for
     video = next(chart for chart in charts["Losses"] if chart.title == "Video")
-    assert [line.name for line in video.lines] == ["train/loss_video (high)", "train/loss_video (low)", "valid/video"]
+    assert [line.name for line in video.lines] == ["train/loss_video_high", "train/loss_video_low", "valid/video"]
     assert [line.colour for line in video.lines] == [0, 1, 2] and len(video.marks) == 1
 
 
@@ -252,4 +254,4 @@ def test_a_browser_draws_it_and_its_script_runs(tmp_path):
     )  # fmt: skip
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None and title[1].startswith("READ step 37"), done.stdout[:300] + done.stderr[-500:]
-    assert "train/loss_video (low)500" in title[1]
+    assert "train/loss_video_low500" in title[1]

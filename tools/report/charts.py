@@ -37,16 +37,16 @@ class Kind:
 
 
 KINDS = (
-    Kind("Losses", "Video", r"train/loss_video( \(.*\))?|valid/video"),
-    Kind("Losses", "Audio", r"train/loss_audio( \(.*\))?|valid/audio"),
+    Kind("Losses", "Video", r"train/loss_video(_high|_low)?|valid/video"),
+    Kind("Losses", "Audio", r"train/loss_audio(_high|_low)?|valid/audio"),
     Kind("Losses", "Weighed sum", r"train/loss( \(.*\))?|valid/loss"),
     Kind("Losses", "Validation by expert", r"valid/(video|audio)_(high|low)"),
     Kind("Losses", "Validation of the averaged weights", r"valid/ema/.*"),
-    Kind("Losses", "Video by noise level", r"train/.*video.*(bin|sigma|noise|t\d).*"),
-    Kind("Losses", "Audio by noise level", r"train/.*audio.*(bin|sigma|noise|t\d).*"),
+    Kind("Losses", "Video by noise level", r"train/loss_video_noise_.*"),
+    Kind("Losses", "Audio by noise level", r"train/loss_audio_noise_.*"),
     Kind("Optimization", "Gradient norm", r"train/grad_norm.*"),
-    Kind("Optimization", "Parameter norm", r"train/(param|weight)_norm.*"),
-    Kind("Optimization", "Update to weight", r"train/update.*"),
+    Kind("Optimization", "Parameter norm", r"train/param_norm.*"),
+    Kind("Optimization", "Update to weight", r"train/update_ratio.*"),
     Kind("Optimization", "Learning rate", r"train/lr.*", zero=True),
     Kind("Optimization", "Bridge: what it adds to the stream", r"train/bridge.*", zero=True),
     Kind("Speed and memory", "Tokens a second", r"perf/tokens.*", zero=True),
@@ -54,7 +54,8 @@ KINDS = (
     Kind("Speed and memory", "MFU and HFU", r"perf/(mfu|hfu).*", zero=True),
     Kind("Speed and memory", "Time of a step", r"perf/step_time", "s", zero=True),
     Kind("Speed and memory", "Waiting", r"perf/.*(wait|stall).*", "s", zero=True),
-    Kind("Speed and memory", "Memory", r"perf/(memory|mem|rss).*", zero=True),
+    Kind("Speed and memory", "Bytes sent by a rank", r"perf/comm/.*_bytes", zero=True),
+    Kind("Speed and memory", "Memory", r"perf/memory.*", "GiB", zero=True),
 )
 SECTIONS = {"train": "Optimization", "valid": "Losses", "perf": "Speed and memory", "data": "Data seen"}
 ORDER = ("Losses", "Optimization", "Speed and memory", "Data seen", "Other metrics")

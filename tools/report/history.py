@@ -20,7 +20,7 @@ import numpy as np
 WIDTH = 560  # pixels of the step axis
 CHUNK = 4096  # values of a curve that wait before they are added to its pixels
 TAIL = 1 << 16  # bytes at the end of the file in which its last step is looked for
-BY_EXPERT = ("train/loss", "train/loss_video", "train/loss_audio")  # each step trains one expert: a curve for each
+BY_EXPERT = "train/loss"  # each step trains one expert: a curve for each
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,10 @@ def _curves_of(record: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     """(name of the curve, value) of the numbers in a record."""
     expert = record.get("train/expert")
     for name, value in record.items():
-        if name != "step" and (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))):
-            yield (f"{name} ({expert})" if expert is not None and name in BY_EXPERT else name), value
+        if name == "step" or f"{name}_{expert}" in record:  # the same value stands there
+            continue
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            yield (f"{name} ({expert})" if expert is not None and name == BY_EXPERT else name), value
 
 
 def _last_step(path: Path) -> int:
