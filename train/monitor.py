@@ -107,7 +107,8 @@ class Monitor:
         if not self.active:
             return
         self._metrics.append({"step": step, **{f"valid/{k}": v for k, v in losses.items()}})
-        self.say(f"after {step} steps: validation loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+        shown = [name for name in ("loss", "video", "audio", "ema/loss") if name in losses]
+        self.say(f"after {step} steps: validation loss " + ", ".join(f"{k} {losses[k]:.4f}" for k in shown))
 
     def event(self, kind: str, step: int, text: str, **details: Any) -> None:
         """Something that happened beside the steps: said, and kept in events.jsonl with its time."""

@@ -63,21 +63,26 @@ class Validator:
     @torch.no_grad()
     def run(self, model: JointTransformer) -> dict[str, float]:
         """{"loss", "video", "audio"}: means over samples and noise levels; "loss" weighs modalities as training does.
+        {"video_high", "audio_low", ...}: over the noise levels of one expert.
 
         All ranks call it; each does every n-th sample, and as many forwards as the others (FSDP gathers together).
         """
-        sums = torch.zeros(4, dtype=torch.float64, device=self._layout.device)  # video, weight, audio, weight
+        served = [expert for expert, levels in self._levels.items() if levels]
+        # By expert: video, weight, audio, weight.
+        sums = torch.zeros(len(served), 4, dtype=torch.float64, device=self._layout.device)
         world, rank = self._layout.dp_world, self._layout.dp_rank
         for first in range(0, self._samples, world):
             row = first + rank
-            for expert, levels in self._levels.items():
-                if levels:
-                    sums += self._row(model, min(row, self._samples - 1), expert, levels) * (row < self._samples)
+            for place, expert in enumerate(served):
+                parts = self._row(model, min(row, self._samples - 1), expert, self._levels[expert])
+                sums[place] += parts * (row < self._samples)
         dist.all_reduce(sums)
-        video, video_weight, audio, audio_weight = sums.tolist()
-        video, audio = video / max(video_weight, 1.0), audio / max(audio_weight, 1.0)
+        video, audio = _means(sums.sum(0))
         config = self._objective.config
-        return {"loss": config.video_weight * video + config.audio_weight * audio, "video": video, "audio": audio}
+        found = {"loss": config.video_weight * video + config.audio_weight * audio, "video": video, "audio": audio}
+        for place, expert in enumerate(served):
+            found[f"video_{expert}"], found[f"audio_{expert}"] = _means(sums[place])
+        return found
 
     def _row(self, model: JointTransformer, row: int, expert: str, levels: list[float]) -> torch.Tensor:
         """One sample at all noise levels of one expert, as one batch."""
@@ -100,3 +105,9 @@ class Validator:
         for mse, weight in ((parts.video, batch.video_weight), (parts.audio, batch.audio_weight)):
             sums += [(mse * weight).sum(), weight.sum() / ranks]
         return torch.stack(sums).double()
+
+
+def _means(sums: torch.Tensor) -> tuple[float, float]:
+    """Video and audio of [4]; 0 where nothing has the modality."""
+    video, video_weight, audio, audio_weight = sums.tolist()
+    return video / max(video_weight, 1.0), audio / max(audio_weight, 1.0)
