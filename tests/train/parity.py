@@ -31,8 +31,8 @@ from train.objective import Objective
 from train.optim import OptimConfig
 from train.step import forward_backward
 
-STEPS, SEED, SLOTS = 5, 11, 4
-OBJECTIVE = replace(cases.OBJECTIVE, hold_video=0.2, hold_audio=0.2, pair=0.2, noise_floor=0.3)
+STEPS, SEED, SLOTS = 5, 12, 4
+OBJECTIVE = replace(cases.OBJECTIVE, hold_video=0.1, hold_audio=0.1, pair=0.2, noise_floor=0.3)
 EXPERTS = Objective(OBJECTIVE, ("high", "low"))
 # Steps this large change every parameter visibly; the clip binds in all of them.
 OPTIM = OptimConfig(lr_tower=15.0, lr_bridge=30.0, clip=0.01, warmup=0)
