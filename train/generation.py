@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from model.joint import JointConfig, JointTransformer, Velocities
 from model.tower import unpatchify
@@ -62,7 +63,7 @@ def load_model(
     tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     try:
         dcp.load(tensors, checkpoint_id=path)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise RunError(f"checkpoint {path} cannot be read: {error}") from error
     return model.eval(), content["config"]
 
