@@ -36,6 +36,7 @@ SETS = {  # kind of clip, steps, thresholds of F1 by task
     "easy": ("bounce", 2400, (0.95, 0.95, 0.85)),
     "hard": ("juggle", 9000, (0.85, 0.80, 0.60)),
 }
+BATCH = 12  # of conf/experiment/sync.yaml
 SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
 INK, SOFT = "#23262b", "#8a9099"
 COLOURS = {"video to audio": "#2e7da6", "audio to video": "#d1495b", "joint": "#7a4fa3"}
@@ -49,7 +50,8 @@ class LearnSyncError(Exception):
 class LearnSyncConfig:
     """conf/learn_sync.yaml. `set`: easy or hard; `seeds`: a run each; `control`: also one without the Bridge.
 
-    `clips`, `valid`, `test`: of the three sets; `overrides`: keys of the training config, for trials.
+    `clips`, `valid`, `test`: of the three sets; `processes` train, each on a part of every batch; `overrides`: more
+    keys of the training config, as `parallel.dp_replicate=1 parallel.ulysses=2`.
     """
 
     set: str = "easy"
@@ -57,6 +59,7 @@ class LearnSyncConfig:
     clips: int = 6000
     valid: int = 32
     test: int = 128
+    processes: int = 2
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     control: bool = True
     overrides: list[str] = field(default_factory=list)
@@ -65,6 +68,8 @@ class LearnSyncConfig:
     def __post_init__(self) -> None:
         if self.set not in SETS:
             raise ValueError(f"set={self.set}: choose from {', '.join(SETS)}")
+        if self.processes < 1 or BATCH % self.processes:
+            raise ValueError(f"processes={self.processes}: it must divide the batch of {BATCH}")
 
 
 def learn_sync(config: LearnSyncConfig) -> None:
@@ -92,8 +97,11 @@ def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int
     status = place / "runs" / name / "status.json"
     if status.exists() and json.loads(status.read_text())["state"] == "finished":
         return
+    count = config.processes
     _run(
-        "launch", "experiment=sync", "cluster.processes=1", f"run.root={place / 'runs'}", f"run.id={name}",
+        "launch", "experiment=sync", f"cluster.processes={count}", f"parallel.dp_replicate={count}",
+        f"data.micro_batch={BATCH // count}", f"run.root={place / 'runs'}", f"run.id={name}",
+        f"checkpoint.every={steps // 6}",
         f"data.path={place / 'train'}", f"data.valid_path={place / 'valid'}", f"seed={seed}", f"steps={steps}",
         f"objective.bridge_dropout={bridge_dropout}", *config.overrides,
     )  # fmt: skip
