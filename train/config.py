@@ -15,6 +15,7 @@ from train.checkpoint import CheckpointConfig
 from train.ema import EmaConfig
 from train.errors import RunError
 from train.feed import DataConfig
+from train.inspect import InspectConfig
 from train.mesh import ParallelConfig
 from train.monitor import MonitorConfig
 from train.objective import ObjectiveConfig
@@ -48,6 +49,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 

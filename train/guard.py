@@ -65,6 +65,7 @@ class Flags(NamedTuple):
     stop: bool = False  # asked to stop
     save: bool = False  # the interval between checkpoints is over
     save_failed: bool = False  # the save in flight came to nothing
+    inspect: bool = False  # a file asks for a look inside
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from train.engine import build_engine
 from train.errors import LINGER, RankError, RunError, exit_status, lost_peer
 from train.feed import describe_data, epoch_samples, largest_workload, open_data, open_dataset, open_stream, start_state
 from train.guard import Flags, StepSignals, StepSums, StopRequest, gather, on_first_rank
+from train.inspect import Inspector
 from train.lag import LagProbe, SlowRank
 from train.mesh import Layout
 from train.meter import Meter
@@ -111,6 +112,8 @@ def _train(
             monitor.event("resumed", state.step, f"resumed from {found} at step {state.step}", checkpoint=found.name)
         watchdog = Watchdog(run_dir, config.guard, dist.get_rank())
         stack.callback(watchdog.close)
+        inspector = Inspector(run_dir, config.inspect, layout.device, monitor.event, watchdog.dump)
+        stack.callback(inspector.close)
         saver = Saver(run_dir.checkpoints, config.checkpoint, resolved, layout.describe())
         judge = Judge(config.guard, config.model.experts, state.history)
         lag = LagProbe(layout.device, config.guard.lag_ratio)
@@ -184,6 +187,7 @@ def _train(
         while state.step < config.steps and not stopping:
             step = state.step
             watchdog.beat(f"in step {step}")
+            inspector.step(step)
             try:
                 micro_batches = next(stream)
             except DataError as error:
@@ -201,8 +205,11 @@ def _train(
 
             collect()
             stopping, save_due = asked.stop, asked.save
+            if asked.inspect:
+                inspector.take(step + 1)
             losses = now_losses
-            flags = Flags(stop.requested(), first and saver.due_by_clock(), saver.failed())
+            look = first and inspector.requested()
+            flags = Flags(stop.requested(), first and saver.due_by_clock(), saver.failed(), look)
             extra = meter.sums(step, losses)
             signals.post(step, losses.share, losses.video, losses.audio, norm, flags, extra)
             state.step, state.seen = step + 1, state.seen.after(micro_batches[0].batch)

@@ -1,7 +1,7 @@
 """Where everything of a run lies, and whether a config may go on in it.
 
 runs/<id>/  config.yaml  code/  submit.sh  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  status.json
-            attempts.jsonl (launch/attempts.py)
+            inspect/  attempts.jsonl (launch/attempts.py)
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from train.errors import RunError
 
 # Keys that may differ when a run goes on: they change neither the data order nor the mathematics.
 MAY_CHANGE = (
-    "steps", "parallel", "ema", "checkpoint", "guard", "monitor", "validation", "data.path", "data.valid_path",
-    "data.prefetch", "data.micro_batch", "data.quarantine_budget", "data.workers", "data.places", "run.root",
+    "steps", "parallel", "ema", "checkpoint", "guard", "monitor", "inspect", "validation", "data.path",
+    "data.valid_path", "data.prefetch", "data.micro_batch", "data.quarantine_budget", "data.workers", "data.places",
+    "run.root",
     "data.datasets", "data.segments",  # the data state compares what they mean: folders may move, segments be added
 )  # fmt: skip
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -64,21 +64,22 @@ class Watchdog:
                 asked = 0.0
             if asked > self._asked:
                 self._asked = asked
-                self._dump("asked for")
+                self.dump("asked for")
             beat = self._beat
             if beat is None:
                 continue
             waited = time.monotonic() - beat[0]
             if waited > self._patience and beat != said:
                 said = beat
-                self._dump(f"nothing has moved for {waited:.0f} s: {beat[1]}")
+                self.dump(f"nothing has moved for {waited:.0f} s: {beat[1]}")
             if waited > self._end:
                 message = f"rank {self._rank} stood still for {waited:.0f} s: {beat[1]}; stacks in {self._file}"
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 self._run.write_status("failed", error=message, exit_status=EXIT_RETRY)
                 os._exit(EXIT_RETRY)
 
-    def _dump(self, why: str) -> None:
+    def dump(self, why: str) -> None:
+        """Write the stacks of all threads of this rank into the logs."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "a") as file:
