@@ -113,7 +113,7 @@ def test_a_spike_is_recorded_with_its_samples(runs_with_faults):
     entries = [entry for entry in lines(root, "spike", "bad_steps.jsonl") if entry["step"] == 50]
     assert entries[0]["what"] == "spike" and entries[0]["spikes"] == ["loss", "grad_norm"]
     assert len(entries[0]["samples"]) == 4
-    assert all("skipped" not in entry for entry in metrics(root, "spike")[0])
+    assert all("train/skipped" not in entry for entry in metrics(root, "spike")[0])
 
 
 def test_a_skipped_spike_leaves_weights_and_moments_as_they_were(runs_with_faults):
@@ -195,7 +195,7 @@ def test_a_rank_that_waits_for_its_data_is_named(runs_with_faults):
     root, _ = runs_with_faults
     slow = [e for e in lines(root, "slow-data", "events.jsonl") if e["event"] == "slow rank" and e["what"] == "data"]
     assert slow and {e["rank"] for e in slow} == {1}
-    assert any("1" in entry.get("slow_ranks", "") for entry in metrics(root, "slow-data")[0])
+    assert any("1" in entry.get("perf/slow_ranks", "") for entry in lines(root, "slow-data", "metrics.jsonl"))
 
 
 def test_a_rank_whose_device_is_slow_is_named(runs_with_faults):
