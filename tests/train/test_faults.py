@@ -133,7 +133,8 @@ def test_the_limit_of_a_step_does_not_depend_on_when_sums_were_read():
     def judged(steps):
         judge = Judge(GuardConfig(skip_spikes=True), ["one"], [])
         for step in range(steps):
-            judge.look(StepSums(step, 1.0 + 0.1 * (step % 7), 1.0, 1.0, 2.0 + 0.1 * (step % 5), Flags(), True), "one")
+            loss, norm = 1.0 + 0.1 * (step % 7), 2.0 + 0.1 * (step % 5)
+            judge.look(StepSums(step, loss, 1.0, 1.0, norm, Flags(), True, extra={}, wait=0.0), "one")
         return judge
 
     assert judged(40).limit(40, "one") == judged(39).limit(40, "one") < 10
