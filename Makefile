@@ -18,7 +18,7 @@ help:
 	@echo "                              resumed, losses drawn; 4 minutes on 2 cores; everything lies in quickstart/"
 	@echo "make quickstart CLIPS=folder  the same with your own video files"
 	@echo "make clean-quickstart         delete quickstart/"
-	@echo "make test                     all tests, on the CPU, with real collectives between processes; 6 to 10 minutes"
+	@echo "make test                     all tests, on the CPU, with real collectives between processes; 12 to 25 minutes"
 	@echo "make test-slurm               the launcher on a real SLURM that is started on this machine; 8 minutes; as root on"
 	@echo "                              Debian or Ubuntu it installs the packages, else it says what to install"
 	@echo "make chaos                    a run killed 54 times and resumed equals the unbroken one; 10 minutes; in chaos/"
@@ -53,7 +53,7 @@ clean-quickstart:
 	rm -rf quickstart
 
 test: $(READY)
-	@echo "== tests, on the CPU (6 to 10 minutes)"
+	@echo "== tests, on the CPU (12 to 25 minutes)"
 	@$(BIN)/python -m pytest
 
 # Skips nothing: without SLURM it fails, and says what is missing.
