@@ -44,7 +44,7 @@ class WatchJobConfig:
 
 def check(config: WatchJobConfig) -> None:
     """RunError for a key that conf/watch.yaml does not have: before anything is submitted."""
-    command = [sys.executable, "-m", "tools.watch", "--cfg", "job", "run=x", *config.keys]
+    command = [sys.executable, "-P", "-m", "tools.watch", "--cfg", "job", "run=x", *config.keys]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = " ".join(done.stderr.split("\nSet the environment variable")[0].split())
