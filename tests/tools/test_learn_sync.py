@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.prepare import PrepareConfig, prepare
 from data.synthesize import SynthesizeConfig, synthesize
+from model.init import init_weights
+from model.joint import JointTransformer
 from tests.distributed import run_cases
 from tests.train import runs
+from tests.train.cases import tiny_config
 from tools import learn_sync
 from tools.learn_sync import LearnSyncConfig, LearnSyncError
-from tools.sync_score import TASKS
+from tools.sync_score import TASKS, without_bridge
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +48,33 @@ def test_what_is_given_is_found_and_what_an_untrained_model_makes_is_not(made: P
     assert scores["video to audio"]["seen"] == events == scores["audio to video"]["heard"]
     assert all(scores[task]["f1"] < 0.6 for task in TASKS)
     assert len(list((made / "samples").glob("*.mp4"))) == 12
-    whole = scores
-    assert command(made, "bridge=false", "tasks=[joint]").returncode == 0
-    assert set(json.loads((made / "s.json").read_text())) == {"joint"} and whole["joint"] is not None
+
+
+def test_a_bridge_that_is_cut_makes_other_clips(made: Path) -> None:
+    made_by = {}
+    for bridge in ("true", "false"):
+        done = command(made, f"bridge={bridge}", "tasks=[joint]", "clips=2", f"samples={made}/{bridge}")
+        assert done.returncode == 0, done.stderr
+        scores = json.loads((made / "s.json").read_text())
+        assert set(scores) == {"joint"}
+        made_by[bridge] = [path.read_bytes() for path in sorted((made / bridge).glob("*.mp4"))]
+    assert len(made_by["true"]) == 2 and all(a != b for a, b in zip(*made_by.values(), strict=True))
+
+
+def test_without_bridge_nothing_of_one_modality_reaches_the_other() -> None:
+    torch.manual_seed(0)
+    model = JointTransformer(tiny_config())
+    init_weights(model, depth=2)
+    for tower in (model.video_dit, model.audio_dit):
+        torch.nn.init.normal_(tower.head.head.weight)  # zero at the start
+    x = dict(
+        video=torch.randn(1, 16, 3, 4, 6), condition=torch.zeros(1, 20, 3, 4, 6), text=torch.zeros(1, 2, 8),
+        t_video=torch.tensor([500.0]), t_audio=torch.tensor([500.0]), bridge_scale=torch.ones(1), expert="high",
+    )  # fmt: skip
+    first, second = torch.randn(2, 1, 128, 7)
+    cut = without_bridge(model)
+    assert torch.equal(cut(audio=first, **x).video, cut(audio=second, **x).video)
+    assert not torch.equal(model(audio=first, **x).video, model(audio=second, **x).video)
 
 
 @pytest.mark.parametrize(
