@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.progress import track
 from torch import Tensor
 
@@ -43,6 +41,7 @@ from data.synthesize import encode_mp4
 from data.window import Geometry
 from model.joint import JointTransformer
 from model.sampler import SamplerConfig, sample
+from tools.command import said_in_one_line
 from train.errors import RunError
 from train.generation import WholeField, find_checkpoint, load_model
 from train.mesh import Layout, ParallelConfig, make_layout, start_process_group
@@ -216,16 +215,10 @@ def _run(config: SampleConfig) -> None:
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="sample")
 def main(config: DictConfig) -> None:
     """Entry point of `python -m tools.sample`."""
-    try:
+    with said_in_one_line("python -m tools.sample checkpoint=RUN out=FILE.mp4"):
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, SampleConfig)
         _run(typed)
-    except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

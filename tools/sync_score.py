@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,18 +23,17 @@ import torch
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 from torch import Tensor
 
 from data.batch import MASK_CHANNELS, pad_text
 from data.codec import audio as audio_codec
 from data.codec import video as video_codec
-from data.errors import DataError
 from data.index import DatasetIndex
 from data.sync.impacts import Agreement, Impact, agreement, impacts_heard, impacts_seen
 from model.joint import Velocities
 from model.sampler import SamplerConfig, sample
+from tools.command import said_in_one_line
 from tools.sample import write_mp4
 from train.errors import RunError
 from train.generation import WholeField, find_checkpoint, load_model
@@ -165,7 +163,7 @@ def _generate(
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="sync_score")
 def main(config: DictConfig) -> None:
     """Entry point of `python -m tools.sync_score`."""
-    try:
+    with said_in_one_line("python -m tools.sync_score checkpoint=RUN dataset=FOLDER out=FILE"):
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, ScoreConfig)
         device = start_process_group()
@@ -183,12 +181,6 @@ def main(config: DictConfig) -> None:
                     f"{task:<15} F1 {result.f1:.3f} (chance {result.chance:.3f}): {result.matched} matched of "
                     f"{result.seen} seen and {result.heard} heard; sound {1000 * result.offset:+.0f} ms"
                 )
-    except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

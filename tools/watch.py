@@ -31,7 +31,6 @@ import torch.distributed as dist
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.codec import audio as audio_codec
@@ -40,7 +39,7 @@ from data.errors import DataError
 from data.index import DatasetIndex
 from launch.attempts import is_finished
 from model.sampler import SamplerConfig
-from tools.command import run_first
+from tools.command import run_first, said_in_one_line
 from tools.sample import SampleConfig, check_codecs, clips_of, write_mp4
 from train.checkpoint import committed, damage, step_of
 from train.errors import RunError
@@ -326,7 +325,7 @@ def _wait(seconds: float, stop: Stop) -> None:
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="watch")
 def _run(config: DictConfig) -> None:
-    try:
+    with said_in_one_line("python -m tools.watch runs/ID"):
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, WatchConfig)
         stop = Stop()
@@ -338,12 +337,6 @@ def _run(config: DictConfig) -> None:
                 print(f"watching {typed.run} ends: {ending}")
         finally:
             dist.destroy_process_group()
-    except (RunError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        print(f"error: {str(error).splitlines()[0]} (python -m tools.watch runs/ID)", file=sys.stderr)
-        sys.exit(1)
 
 
 def main() -> None:

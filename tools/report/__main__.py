@@ -20,9 +20,8 @@ from hydra.core.config_store import ConfigStore
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from tools.command import run_first
+from tools.command import run_first, said_in_one_line
 from tools.report import charts
 from tools.report.charts import make_charts
 from tools.report.facts import MOST_EVENTS, Facts, read_facts
@@ -88,7 +87,7 @@ def _tell_missing(facts: Facts, records: int, unreadable: int, not_finite: dict[
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="report")
 def _run(config: DictConfig) -> None:
-    try:
+    with said_in_one_line("python -m tools.report runs/ID"):
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, ReportConfig)
         run = RunDir(Path(typed.run))
@@ -97,12 +96,6 @@ def _run(config: DictConfig) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page)
         print(f"{out}: {os.path.getsize(out) / 1e6:.1f} MB")
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        print(f"error: {str(error).splitlines()[0]} (python -m tools.report runs/ID)", file=sys.stderr)
-        sys.exit(1)
 
 
 def main() -> None:
