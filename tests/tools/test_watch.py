@@ -203,9 +203,12 @@ def test_a_run_is_watched_once_and_what_was_made_is_not_made_again(made):
     with lock(RunDir(run)):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1 and "is watched already" in done.stderr and "Traceback" not in done.stderr
+    lost = run / "samples" / read_samples(run)[-1].file
+    lost.unlink()  # as if it had been ended before this one
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "has finished" in done.stdout, done.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in (run / "samples").rglob("*.mp4")}
+    after = {path: path.stat().st_mtime_ns for path in (run / "samples").rglob("*.mp4")}
+    assert after.keys() == before.keys() and [path for path in after if after[path] != before[path]] == [lost]
 
 
 def test_records_survive_a_half_written_line_and_a_lost_file(made, tmp_path):
