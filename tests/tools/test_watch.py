@@ -55,6 +55,7 @@ def go_until(run: Path, stop: Stop, keys: dict) -> str:
 
 def spoil(path: Path, content: bytes) -> None:
     """Rewrite a file before the case begins."""
+    dist.barrier()  # the other rank may be reading what is there, for its own `content`
     if dist.get_rank() == 0:
         path.write_bytes(content)
     dist.barrier()
