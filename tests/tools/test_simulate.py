@@ -8,11 +8,12 @@ from tools.bench.simulate import Simulation, simulate
 
 CLIP = ((12, 16, 16), 103)  # 768 video tokens
 SETTINGS = {"compute": "bfloat16", "recompute": "full", "ulysses": 1}
+# One case at full size: what takes its time are the process groups, whose number grows with the ranks.
 CASES = {
-    "ulysses 1": Simulation(1024, SETTINGS, CLIP),
-    "ulysses 4": Simulation(1024, {**SETTINGS, "ulysses": 4}, CLIP),
+    "ulysses 1": Simulation(64, SETTINGS, CLIP),
+    "ulysses 4": Simulation(64, {**SETTINGS, "ulysses": 4}, CLIP),
     "both, replicated": Simulation(1024, {**SETTINGS, "ulysses": 2, "ring": 4, "dp_replicate": 16}, CLIP),
-    "on the host": Simulation(1024, {**SETTINGS, "ulysses": 4, "optimizer_state": "host"}, CLIP),
+    "on the host": Simulation(64, {**SETTINGS, "ulysses": 4, "optimizer_state": "host"}, CLIP),
 }
 
 
@@ -25,7 +26,7 @@ def found():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_rank_of_1024_sends_what_the_formulas_say(found, name):
+def test_a_rank_sends_what_the_formulas_say(found, name):
     result = found[name]
     assert result["sent"].keys() == result["formula"].keys() and result["sent"]["fsdp"] > 0
     for axis, size in result["formula"].items():
