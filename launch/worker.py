@@ -1,29 +1,36 @@
 """One worker of a launch: `python -m train`, tied to the life of its launcher.
 
-A launcher that is killed outright cannot tell its workers. The kernel then asks them to stop (SIGTERM), so they save a
-checkpoint and end, instead of training on unseen and writing into a run directory that somebody has resumed.
+A launcher that is killed outright cannot tell its workers. They see it within a second and ask themselves to stop
+(SIGTERM), so they save a checkpoint and end, instead of training on unseen and writing into a run directory that
+somebody has resumed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import runpy
 import signal
-import sys
+import threading
+import time
 
 from launch.snapshot import check_runs_from
 
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+POLL = 1.0  # seconds between two looks at the parent
 
 
 def follow_parent(parent: int) -> None:
-    """Get SIGTERM when process `parent` ends. Linux only: elsewhere nothing happens."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the line above
+    """Get SIGTERM when process `parent`, this process's own, has ended.
+
+    By looking, not by the kernel's parent-death signal: that one is Linux's only, goes by the parent's thread, and is
+    not delivered in every sandbox.
+    """
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, name="parent", daemon=True).start()
 
 
 if __name__ == "__main__":

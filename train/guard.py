@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.lead = 0.0
-        self._flag = threading.Event()
+        self._asked = False  # no Event: a second signal within its set() would wait for the first one's lock for ever
         self._stop_file: Path | None = None
         self._started = float(os.environ.get("MOVA_STARTED", time.time()))
         self._deadline = float(os.environ.get("MOVA_DEADLINE", "inf"))
@@ -48,12 +47,12 @@ class StopRequest:
             stop_file.unlink()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._flag.set()
+        self._asked = True
 
     def requested(self) -> bool:
         """Whether this rank knows of a request."""
         return (
-            self._flag.is_set()
+            self._asked
             or time.time() >= self._deadline - self.lead
             or (self._stop_file is not None and self._stop_file.exists())
         )

@@ -293,13 +293,14 @@ def test_processes_share_a_cache_and_files_in_use_stay(tmp_path: Path) -> None:
     jobs = [context.Process(target=fill, args=(name, 1000, log, 0.02)) for name in ("a1", "a1", "b1", "c1")]
     for job in jobs:
         job.start()
-    most = 0
+    most, watched = 0, Cache(tmp_path / "cache", 2500)
     while any(job.is_alive() for job in jobs):
-        files = tmp_path / "cache" / "files"
-        try:
-            most = max(most, sum(path.stat().st_size for path in files.iterdir()) if files.is_dir() else 0)
-        except FileNotFoundError:
-            continue
+        with watched.lock("room"):  # nobody makes room, or a file, between two of these looks
+            files = list((tmp_path / "cache" / "files").iterdir())
+            try:
+                most = max(most, sum(path.stat().st_size for path in files))
+            except FileNotFoundError:  # its download has ended: it has its name now
+                continue
         time.sleep(0.002)
     for job in jobs:
         job.join()

@@ -165,7 +165,14 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def seen_of(process: psutil.Process) -> str:
+    """Of a process that ought to have ended: what it is, what it waits for, and its signals."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    kept = [line for line in lines if line.startswith(("Name", "State", "PPid", "Sig", "Shd"))]
+    waits = [Path(task, "wchan").read_text() for task in Path(f"/proc/{process.pid}/task").iterdir()]
+    return "\n".join([str(process.cmdline()), *kept, f"threads wait in {waits}"])
+
+
 def test_workers_do_not_outlive_a_killed_launcher(folder: Path, launched: list[subprocess.Popen[str]]) -> None:
     run = folder / "orphan"
     process = start(arguments(folder, "orphan", "cluster.processes=1"))
@@ -178,9 +185,10 @@ def test_workers_do_not_outlive_a_killed_launcher(folder: Path, launched: list[s
     while alive and time.monotonic() < deadline:
         time.sleep(0.2)
         alive = [worker for worker in alive if runs(worker)]
+    seen = [seen_of(worker) for worker in alive]
     for worker in alive:
         worker.kill()
-    assert not alive
+    assert not alive, "\n".join([*seen, str(status(run)), (run / "metrics.jsonl").read_text()[-2000:]])
     assert status(run)["state"] == "stopped"
 
 
