@@ -21,7 +21,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +40,7 @@ from data.index import DatasetIndex
 from launch.attempts import is_finished
 from model.sampler import SamplerConfig
 from tools.command import run_first, said_in_one_line
+from tools.measures import Measures
 from tools.sample import SampleConfig, check_codecs, clips_of, write_mp4
 from train.checkpoint import committed, damage, step_of
 from train.errors import RunError
@@ -59,8 +60,9 @@ class WatchConfig:
     """conf/watch.yaml. `every`: steps between checkpoints that are sampled (0: each one; the last one always).
 
     `kinds`: what is given (text, image, picture, sound), for each of the first `clips` samples of the held-out set;
-    `prompts`: further clips from words alone. What lies in samples/ is not made again. `poll`: seconds between looks;
-    `patience`: minutes without any sign of the run, not finished, after which watching ends (a queued run gives none).
+    `prompts`: further clips from words alone. What lies in samples/ is not made again. `impacts`, `sync_weights`: what
+    is measured of each clip besides loudness and motion (tools/measures.py). `poll`: seconds between looks; `patience`:
+    minutes without any sign of the run, not finished, after which watching ends (a queued run gives none).
     """
 
     run: str = MISSING
@@ -69,6 +71,8 @@ class WatchConfig:
     clips: int = 2
     prompts: list[str] = field(default_factory=list)
     seed: int = 0
+    impacts: bool = False
+    sync_weights: str | None = None
     poll: float = 10.0
     patience: float = 120.0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -215,7 +219,13 @@ def pin(path: Path, run: RunDir) -> Path | None:
 
 
 def sample_checkpoint(
-    path: Path, config: WatchConfig, orders: list[Order], layout: Layout, run: RunDir, asked: Callable[[], bool]
+    path: Path,
+    config: WatchConfig,
+    orders: list[Order],
+    measures: Measures,
+    layout: Layout,
+    run: RunDir,
+    asked: Callable[[], bool],
 ) -> None:
     """Make the clips of one checkpoint that are missing, until we are asked to end. All ranks call. RunError: see
     `load_model`."""
@@ -243,7 +253,7 @@ def sample_checkpoint(
 
         def keep(sample: Sample = sample, clip: tuple = (pixels, sound, fps), name: str = order.name) -> None:
             _write_whole(target / f"{name}.mp4", *clip)
-            add_samples(run.root, [sample])
+            add_samples(run.root, [replace(sample, measures=measures(*clip))])
             print(f"{target / name}.mp4: step {sample.step:,}, {sample.kind}, {sample.seconds:.1f} s", flush=True)
 
         on_first_rank(keep)
@@ -252,6 +262,10 @@ def sample_checkpoint(
 def watch(config: WatchConfig, layout: Layout, stop: Stop) -> str:
     """Until the run has finished and its last checkpoint is sampled; all ranks call. Returns why it ended, in words."""
     run = RunDir(Path(config.run))
+    try:
+        measures = Measures(config.impacts, config.sync_weights)
+    except DataError as error:
+        raise RunError(f"sync_weights: {error}") from None
     held = None
 
     def enter() -> list[Order]:
@@ -276,7 +290,7 @@ def watch(config: WatchConfig, layout: Layout, stop: Stop) -> str:
                 pinned = on_first_rank(lambda: pin(path, run))  # noqa: B023  called at once
                 if pinned is not None:
                     done = step_of(path)
-                    _sample_or_say(pinned, config, orders, layout, run, stop)
+                    _sample_or_say(pinned, config, orders, measures, layout, run, stop)
                 continue
             if finished:
                 return "the run has finished, and its last checkpoint is sampled"
@@ -290,11 +304,17 @@ def watch(config: WatchConfig, layout: Layout, stop: Stop) -> str:
 
 
 def _sample_or_say(
-    path: Path, config: WatchConfig, orders: list[Order], layout: Layout, run: RunDir, stop: Stop
+    path: Path,
+    config: WatchConfig,
+    orders: list[Order],
+    measures: Measures,
+    layout: Layout,
+    run: RunDir,
+    stop: Stop,
 ) -> None:
     """A checkpoint that can't be read is no reason to miss the next ones."""
     try:
-        sample_checkpoint(path, config, orders, layout, run, lambda: stop.asked)
+        sample_checkpoint(path, config, orders, measures, layout, run, lambda: stop.asked)
     except (RunError, CheckpointException) as error:
         if layout.first:
             print(f"passed over: {error}", file=sys.stderr, flush=True)

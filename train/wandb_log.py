@@ -126,6 +126,6 @@ class WandbLog:
         if step < self._first or not path.is_file():
             return
         caption = f"{sample.kind}, seed {sample.seed}, of step {sample.step}: {sample.prompt}"
-        media = {f"samples/{Path(sample.file).stem}": wandb.Video(str(path), caption=caption, format="mp4")}
-        measures = {f"samples/{name}": value for name, value in sample.measures.items()}
+        media = {f"samples/{path.stem}": wandb.Video(str(path), caption=caption, format="mp4")}
+        measures = {f"samples/{name}/{path.stem}": value for name, value in sample.measures.items()}
         self._wandb.log(media | measures, step=step)

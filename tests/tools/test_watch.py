@@ -111,7 +111,7 @@ def made(tmp_path_factory):
     shutil.copytree(folder / "valid", folder / "kept")
     keys = ("steps=6", "model.video.text_dim=8", "model.audio.text_dim=8", "checkpoint.every=2", "checkpoint.keep=3")
     valid = f"data.valid_path={folder}/valid"
-    kinds = {"kinds": ["image", "sound"], "clips": 1, "prompts": ["A <ball>."]}
+    kinds = {"kinds": ["image", "sound"], "clips": 1, "prompts": ["A <ball>."], "impacts": True}
     said = run_cases(
         2,
         {
@@ -141,6 +141,8 @@ def test_each_checkpoint_gives_each_clip_once_and_then_it_ends(made):
     assert {one.prompt for one in samples if one.kind == "text"} == {"A <ball>."}
     assert {one.prompt for one in samples if one.source} == {"a test"}  # the caption of the held-out clip
     assert samples[0].sampler["steps"] == 1
+    for one in samples:
+        assert {"loudness", "motion", "impacts_seen", "impacts_heard", "impacts_f1"} == set(one.measures)
     for one in samples:
         with open_media(copies["all"] / "samples" / one.file) as media:
             assert media.audio is not None and media.frame_times is not None and len(media.frame_times) == 9

@@ -199,7 +199,7 @@ def test_clips_are_attached_and_still_are_after_the_next_start(tmp_path):
     for _ in range(2):
         run = log_of(tmp_path, samples=True)
         (row,) = [row for _, row in read_back(run.root)["history"] if any(key.startswith("samples/") for key in row)]
-        assert row["samples/f1"] == 0.5 and "of step 1: a ball" in json.dumps(row)
+        assert row["samples/f1/a"] == 0.5 and "of step 1: a ball" in json.dumps(row)
         assert [file.suffix for file in (run.root / "wandb").glob("offline-run-*/files/media/videos/**/*.mp4")] == [
             ".mp4"
         ]
