@@ -32,7 +32,7 @@ from train.monitor import Monitor, cut_metrics
 from train.objective import Objective
 from train.optim import lr_factor
 from train.parallelize import compiled_graphs, recomputed_units
-from train.run_dir import RunDir
+from train.run_dir import RunDir, write_atomically
 from train.saver import Saver
 from train.step import StepLosses, forward_backward
 from train.traffic import layout_rows
@@ -93,11 +93,12 @@ def _train(
         started_from = checkpoint.load_weights(engine, Path(config.run.start_from))
     on_first_rank(lambda: checkpoint.clean(run_dir.checkpoints))
     on_first_rank(lambda: cut_metrics(run_dir, state.step))
+    table = dict(layout_rows(config.model, config.parallel, layout, workload))
     if first:
         run_dir.write_status("running", step=state.step, layout=layout.describe())
+        write_atomically(run_dir.layout, json.dumps(table, indent=2) + "\n")
 
     with ExitStack() as stack:
-        table = dict(layout_rows(config.model, config.parallel, layout, workload))
         monitor = stack.enter_context(
             Monitor(
                 run_dir, config.monitor, resolved, config.steps, first, {"layout": table, "parameters": engine.size}

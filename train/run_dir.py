@@ -1,7 +1,7 @@
 """Where everything of a run lies, and whether a config may go on in it.
 
 runs/<id>/  config.yaml  code/  submit.sh  logs/  checkpoints/  metrics.jsonl  samples/  wandb/  status.json
-            inspect/  attempts.jsonl (launch/attempts.py)
+            layout.json  inspect/  attempts.jsonl (launch/attempts.py)
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class RunDir:
     def status(self) -> Path:
         """How the run stands: running, finished, stopped or failed."""
         return self.root / "status.json"
+
+    @property
+    def layout(self) -> Path:
+        """The table of the layout that the newest attempt began with: an object, in the order of its rows."""
+        return self.root / "layout.json"
 
     @property
     def stop_file(self) -> Path:

@@ -41,6 +41,7 @@ def make_run(root: Path, steps: int = 100) -> RunDir:
     config = {"steps": steps, "data": {"path": str(root / NASTY), "datasets": []}, "parallel": {"engine": "fsdp2"}}
     run.config.write_text(yaml.safe_dump(config | {"note": NASTY}))
     run.write_status("failed", error=NASTY)
+    run.layout.write_text(json.dumps({"ranks": "8 on cuda", "video tokens": NASTY}))
     lines = [{"step": 0, "valid/loss": 3.0, "valid/video": 2.0}]
     for step in range(steps):
         expert = ("high", "low")[step % 2]
@@ -126,11 +127,11 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     assert busy_seconds(facts.attempts) == 400.0
     page = render(run, 12, 10**7)
     for word in ("1 lines cannot be read", "train/loss_audio_low 1", "checkpoints: there is none yet",
-                 "does not exist", "100 of 100", "f1 <b>0.5</b>", "held out: what was given"):  # fmt: skip
+                 "does not exist", "100 of 100", "f1 <b>0.5</b>", "8 on cuda", "held out: what was given"):  # fmt: skip
         assert word in page, word
 
 
-PIECES = ["config.yaml", "metrics.jsonl", "events.jsonl", "attempts.jsonl", "status.json"]
+PIECES = ["config.yaml", "metrics.jsonl", "events.jsonl", "attempts.jsonl", "status.json", "layout.json"]
 
 
 @pytest.mark.parametrize("gone", [*PIECES, "samples"])

@@ -156,6 +156,7 @@ def test_each_step_stands_once_with_the_values_of_metrics_jsonl(run):
 def test_the_config_and_the_layout_are_attached_and_the_user_hears_how_to_upload(run):
     found = read_back(run[0])
     assert found["config"]["model"]["text_length"] == 4 and "ranks" in found["config"]["layout"]
+    assert json.loads((run[0] / "layout.json").read_text()) == found["config"]["layout"]
     (folder,) = (run[0] / "wandb").glob("offline-run-*")
     assert f"wandb sync {folder}" in run[1][-1]
 

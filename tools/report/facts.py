@@ -120,7 +120,7 @@ def read_facts(run: RunDir, steps: int, most_clips: int, most_bytes: int) -> Fac
     facts.attempts = _attempts(run, facts)
     facts.checkpoints = _checkpoints(run, facts)
     _data(config, facts)
-    _layout(config, status, facts)
+    _layout(run, config, status, facts)
     _clips(run, facts, most_clips, most_bytes)
     asked = config.get("steps")
     first = facts.attempts[0].begin if facts.attempts else None
@@ -253,11 +253,15 @@ def _data(config: dict[str, Any], facts: Facts) -> None:
             facts.missing.append(f"dataset {place} ({use}): {error}")
 
 
-def _layout(config: dict[str, Any], status: dict[str, Any], facts: Facts) -> None:
+def _layout(run: RunDir, config: dict[str, Any], status: dict[str, Any], facts: Facts) -> None:
     if status.get("layout"):
         facts.layout.append(("this attempt", str(status["layout"])))
     if facts.checkpoints and facts.checkpoints[-1].layout:
         facts.layout.append(("of the last checkpoint", facts.checkpoints[-1].layout))
+    try:
+        facts.layout += [(str(what), str(value)) for what, value in json.loads(run.layout.read_text()).items()]
+    except (OSError, ValueError, AttributeError):
+        facts.missing.append("layout.json: the table that an attempt begins with")
     facts.layout += [(f"parallel.{key}", str(value)) for key, value in config.get("parallel", {}).items()]
     if not facts.layout:
         facts.missing.append("layout: neither status.json nor config.yaml tells of it")
