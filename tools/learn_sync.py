@@ -4,12 +4,15 @@
     python -m tools.learn_sync set=hard
 
 Clips and shards; a run of the real trainer for each seed, and one without the Bridge; of each run the checkpoint that
-is best on a validation set; its scores on a test set, with the Bridge and with it cut (tools/sync_score.py); a table in
-bench/ and a picture. What is finished is not made again: the same command goes on where it was interrupted.
+is best on a validation set; its scores on a test set, with the Bridge and with it cut (tools/sync_score.py); a record
+of each run in bench/learn-sync/<set>/, and a table and a picture of all records of the same recipe. What is finished is
+not made again: the same command goes on where it was interrupted, and seeds may be measured one by one, also on
+different machines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
@@ -28,8 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from tools.bench.record import write_record
+from tools.bench.record import commit, hardware, write_record
 from tools.sync_score import TASKS
+from train.run_dir import write_atomically
 
 console = Console(highlight=False, soft_wrap=True)
 SETS = {  # kind of clip, steps, thresholds of F1 by task
@@ -85,11 +89,10 @@ def learn_sync(config: LearnSyncConfig) -> None:
     runs = {f"seed-{seed}": (seed, 0.0) for seed in config.seeds}
     if config.control:
         runs["no-bridge"] = (config.seeds[0], 1.0)
-    results = {}
     for name, (seed, dropout) in runs.items():
         train(config, place, name, seed, steps, dropout)
-        results[name] = evaluate(config, place, name)
-    report(config, place, results)
+        keep(config, name, evaluate(config, place, name))
+        report(config, place)
 
 
 def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int, bridge_dropout: float) -> None:
@@ -135,12 +138,45 @@ def score(config: LearnSyncConfig, place: Path, run: Path, checkpoint: Path, spl
     return json.loads(out.read_text())
 
 
-def report(config: LearnSyncConfig, place: Path, results: dict[str, dict[str, Any]]) -> None:
-    """bench/learn-sync-<set>.md and .png."""
+def records_of(config: LearnSyncConfig) -> Path:
+    """Folder with a record of each run, NAME.json."""
+    return Path(config.bench) / "learn-sync" / config.set
+
+
+def recipe(config: LearnSyncConfig) -> str:
+    """Changes whenever what is trained does: the experiment, its model, the steps and the clips."""
+    conf = Path(__file__).parent.parent / "conf"
+    texts = [(conf / name / "sync.yaml").read_text() for name in ("experiment", "model")]
+    return hashlib.sha256(repr((texts, SETS[config.set][:2], config.clips)).encode()).hexdigest()[:12]
+
+
+def keep(config: LearnSyncConfig, name: str, result: dict[str, Any]) -> None:
+    """What was measured of the run `name`, with its circumstances. A record of the same result stays as it is."""
+    path = records_of(config) / f"{name}.json"
+    result = json.loads(json.dumps({**result, "recipe": recipe(config)}))  # keys as they are read back
+    if path.exists() and {**json.loads(path.read_text()), "measured": None} == {**result, "measured": None}:
+        return
+    result["measured"] = (
+        f"processes={config.processes}{''.join(f', {key}' for key in config.overrides)}; {hardware()}; commit "
+        f"{commit()}; {time.strftime('%Y-%m-%d')}"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+
+
+def report(config: LearnSyncConfig, place: Path) -> None:
+    """bench/learn-sync-<set>.md and .png, of all records of the set that were made as now."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(records_of(config).glob("*.json"))}
+    results = {name: record for name, record in records.items() if record["recipe"] == recipe(config)}
+    if left_out := sorted(records.keys() - results.keys()):
+        console.print(f"left out, made by another recipe: {', '.join(left_out)} in {records_of(config)}", markup=False)
+    results |= {"no-bridge": results.pop("no-bridge")} if "no-bridge" in results else {}  # the control stands last
     seeds = [result for name, result in results.items() if name != "no-bridge"]
     rows = []
     for task, bar in zip(TASKS, SETS[config.set][2], strict=True):
         values = [result["test"][task]["f1"] for result in seeds]
+        if not values:
+            break  # nothing but the control yet
         chance = mean(result["test"][task]["chance"] for result in seeds)
         scores = f"F1 {mean(values):.3f} ({min(values):.3f} to {max(values):.3f}; asked {bar})"
         rows.append((task, f"{scores}; chance {chance:.2f}"))
@@ -149,7 +185,9 @@ def report(config: LearnSyncConfig, place: Path, results: dict[str, dict[str, An
             for what, found in lines.items():
                 rows.append((f"- {name}{what}", _line(found)))
     for name, result in results.items():
-        spent = f"{result['minutes']:.1f} minutes; best on validation after {result['best']} steps"
+        spent = (
+            f"{result['minutes']:.1f} minutes; best on validation after {result['best']} steps; {result['measured']}"
+        )
         rows.append((f"{name}: training", spent))
     path = Path(config.bench) / f"learn-sync-{config.set}.md"
     command = shlex.join(["python", "-m", "tools.learn_sync", *sys.argv[1:]])
@@ -164,13 +202,20 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
         for name, result in results.items():
-            steps = sorted(result["curve"])
+            steps = sorted(result["curve"], key=int)
             control = name == "no-bridge"
             colour = SOFT if control else COLOURS[task]
             f1 = [result["curve"][step][task]["f1"] for step in steps]
-            axes.plot(steps, f1, color=colour, marker="o", markersize=3, label="no Bridge" if control else name)
+            axes.plot(
+                list(map(int, steps)),
+                f1,
+                color=colour,
+                marker="o",
+                markersize=3,
+                label="no Bridge" if control else name,
+            )
             chance = [result["curve"][step][task]["chance"] for step in steps]
-            axes.plot(steps, chance, color=colour, linestyle=":", linewidth=1)
+            axes.plot(list(map(int, steps)), chance, color=colour, linestyle=":", linewidth=1)
         axes.set_title(task, loc="left", color=INK, fontsize=10)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("steps", color=SOFT)

@@ -1,6 +1,7 @@
 """tools.sync_score on a model that has learned nothing, and what tools.learn_sync makes of scores."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     before = len(asked)
     learn_sync.learn_sync(config)
     assert {words[0] for words in asked[before:]} == {"data.synthesize", "data.prepare"}  # which find theirs complete
+
+    # On another machine a third seed is measured, better after 300 steps: the records of the others stay and count.
+    record = tmp_path / "bench" / "learn-sync" / "easy" / "seed-1.json"
+    before_bytes = record.read_bytes()
+    shutil.rmtree(tmp_path / "root")
+    config.seeds, config.control, valid[300] = [2], False, (0.8, 0.8, 0.8)
+    learn_sync.learn_sync(config)
+    text = (tmp_path / "bench" / "learn-sync-easy.md").read_text()
+    assert "F1 0.767 (0.700 to 0.800; asked 0.95)" in text and "seed-2: training" in text
+    assert "no-bridge: training" in text and record.read_bytes() == before_bytes
+
+    record.write_text(
+        record.read_text().replace('"recipe": "', '"recipe": "another')
+    )  # what was made otherwise does not
+    learn_sync.report(config, tmp_path / "root")
+    assert "seed-1" not in (tmp_path / "bench" / "learn-sync-easy.md").read_text()
 
 
 def test_a_step_that_fails_ends_it(tmp_path: Path) -> None:
