@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -33,6 +35,7 @@ from rich.console import Console
 
 from tools.bench.record import commit, hardware, write_record
 from tools.sync_score import TASKS
+from train.checkpoint import committed, step_of
 from train.run_dir import write_atomically
 
 console = Console(highlight=False, soft_wrap=True)
@@ -113,17 +116,17 @@ def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int
 def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
     """Scores of every checkpoint on the validation set, and of the best one on the test set."""
     run = place / "runs" / name
-    checkpoints = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "COMMITTED").exists())
-    curve = {int(path.name[5:]): score(config, place, run, path, "valid", True) for path in checkpoints}
+    checkpoints = committed(run / "checkpoints")
+    with ThreadPoolExecutor(config.processes) as pool:  # one core each; the work is in processes of their own
+        scores = pool.map(lambda path: score(config, place, run, path, "valid", True), checkpoints)
+        curve = {step_of(path): found for path, found in zip(checkpoints, scores, strict=True)}
     best = max(curve, key=lambda step: (min(curve[step][task]["f1"] for task in TASKS), step))
-    path = run / "checkpoints" / f"step-{best:08d}"
+    path = next(path for path in checkpoints if step_of(path) == best)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record.get("perf/step_time", record.get("step_time", 0.0)) for record in records)
-    return {
-        "curve": curve, "best": best, "minutes": seconds / 60,
-        "test": score(config, place, run, path, "test", True),
-        "cut": score(config, place, run, path, "test", False),
-    }  # fmt: skip
+    with ThreadPoolExecutor(config.processes) as pool:
+        whole, cut = pool.map(lambda bridge: score(config, place, run, path, "test", bridge), (True, False))
+    return {"curve": curve, "best": best, "minutes": seconds / 60, "test": whole, "cut": cut}
 
 
 def score(config: LearnSyncConfig, place: Path, run: Path, checkpoint: Path, split: str, bridge: bool) -> Any:
@@ -236,7 +239,8 @@ def _line(found: dict[str, Any]) -> str:
 def _run(module: str, *arguments: str) -> None:
     console.print("$ " + shlex.join(["python", "-m", module, *arguments]), style="dim", markup=False)
     begin = time.monotonic()
-    if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # what needs more cores starts more processes
+    if subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode:
         raise LearnSyncError(f"python -m {module} failed; its message is above")
     console.print(f"({time.monotonic() - begin:.0f} s)", style="dim")
 
