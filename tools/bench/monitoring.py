@@ -3,8 +3,8 @@
     python -m tools.bench.monitoring                        # writes bench/monitoring.md; wants a quiet machine
 
 Each round trains one run as `python -m train` does by default (all metrics, W&B offline), and one without metrics,
-W&B and the ear for requests to look inside. Keys: model, clips (a step), steps (timed), rounds (2 to 20; the two runs
-change places from round to round), processes, output.
+W&B and the ear for requests to look inside. Keys: model, clips (a step), steps (timed; tens, since one step in ten has
+the norms), rounds (2 to 20; the two runs change places from round to round), processes, output.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ def main(config: DictConfig) -> None:
     assert isinstance(bench, MonitoringBench)
     if not 2 <= bench.rounds <= len(STUDENT) + 1:
         sys.exit(f"error: rounds={bench.rounds}: give 2 to {len(STUDENT) + 1}, for a confidence interval")
+    if bench.steps < 10 or bench.steps % 10:
+        sys.exit(f"error: steps={bench.steps}: give a multiple of 10, so that one step in ten has the norms")
     name = HydraConfig.get().runtime.choices["model"]
     path = Path(bench.output) / "monitoring.md"
     command = f"python -m tools.bench.monitoring {' '.join(sys.argv[1:])}".strip()
