@@ -21,8 +21,7 @@ POLL = 1.0  # seconds between two looks at the parent
 def follow_parent(parent: int) -> None:
     """Get SIGTERM when process `parent`, this process's own, has ended.
 
-    By looking, not by the kernel's parent-death signal: that one is Linux's only, goes by the parent's thread, and is
-    not delivered in every sandbox.
+    By looking, not by the kernel's parent-death signal: that one is Linux's only, and goes by the parent's thread.
     """
 
     def follow() -> None:

@@ -147,10 +147,11 @@ def records_of(config: LearnSyncConfig) -> Path:
 
 
 def recipe(config: LearnSyncConfig) -> str:
-    """Changes whenever what is trained does: the experiment, its model, the steps and the clips."""
+    """Changes whenever what is trained does: the experiment, its model, steps, clips, keys beside the layout."""
     conf = Path(__file__).parent.parent / "conf"
     texts = [(conf / name / "sync.yaml").read_text() for name in ("experiment", "model")]
-    return hashlib.sha256(repr((texts, SETS[config.set][:2], config.clips)).encode()).hexdigest()[:12]
+    keys = [key for key in config.overrides if not key.startswith("parallel.")]
+    return hashlib.sha256(repr((texts, SETS[config.set][:2], config.clips, keys)).encode()).hexdigest()[:12]
 
 
 def keep(config: LearnSyncConfig, name: str, result: dict[str, Any]) -> None:

@@ -290,7 +290,11 @@ def watch(config: WatchConfig, layout: Layout, stop: Stop) -> str:
                 pinned = on_first_rank(lambda: pin(path, run))  # noqa: B023  called at once
                 if pinned is not None:
                     done = step_of(path)
-                    _sample_or_say(pinned, config, orders, measures, layout, run, stop)
+                    try:
+                        sample_checkpoint(pinned, config, orders, measures, layout, run, lambda: stop.asked)
+                    except (RunError, CheckpointException) as error:  # no reason to miss the next ones
+                        if layout.first:
+                            print(f"passed over: {error}", file=sys.stderr, flush=True)
                 continue
             if finished:
                 return "the run has finished, and its last checkpoint is sampled"
@@ -301,23 +305,6 @@ def watch(config: WatchConfig, layout: Layout, stop: Stop) -> str:
         if held is not None:
             shutil.rmtree(folder_of(run.root) / PINNED, ignore_errors=True)
             held.close()
-
-
-def _sample_or_say(
-    path: Path,
-    config: WatchConfig,
-    orders: list[Order],
-    measures: Measures,
-    layout: Layout,
-    run: RunDir,
-    stop: Stop,
-) -> None:
-    """A checkpoint that can't be read is no reason to miss the next ones."""
-    try:
-        sample_checkpoint(path, config, orders, measures, layout, run, lambda: stop.asked)
-    except (RunError, CheckpointException) as error:
-        if layout.first:
-            print(f"passed over: {error}", file=sys.stderr, flush=True)
 
 
 def _look(run: RunDir, done: int, config: WatchConfig) -> tuple[bool, Path | None, bool]:

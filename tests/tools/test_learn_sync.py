@@ -135,11 +135,12 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     assert "F1 0.767 (0.700 to 0.800; asked 0.95)" in text and "seed-2: training" in text
     assert "no-bridge: training" in text and record.read_bytes() == before_bytes
 
-    record.write_text(
-        record.read_text().replace('"recipe": "', '"recipe": "another')
-    )  # what was made otherwise does not
+    # What was made otherwise does not.
+    record.write_text(record.read_text().replace('"recipe": "', '"recipe": "another'))
     learn_sync.report(config, tmp_path / "root")
     assert "seed-1" not in (tmp_path / "bench" / "learn-sync-easy.md").read_text()
+    recipes = [learn_sync.recipe(LearnSyncConfig(overrides=[key])) for key in ("parallel.ulysses=2", "optim.warmup=1")]
+    assert recipes[0] == learn_sync.recipe(LearnSyncConfig()) != recipes[1]  # a layout changes nothing that is trained
 
 
 def test_a_step_that_fails_ends_it(tmp_path: Path) -> None:
