@@ -40,8 +40,8 @@ from train.run_dir import write_atomically
 
 console = Console(highlight=False, soft_wrap=True)
 SETS = {  # kind of clip, steps, thresholds of F1 by task
-    "easy": ("bounce", 2400, (0.95, 0.95, 0.85)),
-    "hard": ("juggle", 9000, (0.85, 0.80, 0.60)),
+    "easy": ("bounce", 1500, (0.95, 0.95, 0.85)),
+    "hard": ("juggle", 6000, (0.85, 0.80, 0.60)),
 }
 BATCH = 12  # of conf/experiment/sync.yaml
 SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
@@ -57,8 +57,8 @@ class LearnSyncError(Exception):
 class LearnSyncConfig:
     """conf/learn_sync.yaml. `set`: easy or hard; `seeds`: a run each; `control`: also one without the Bridge.
 
-    `clips`, `valid`, `test`: of the three sets; `processes` train, each on a part of every batch; `overrides`: more
-    keys of the training config, as `parallel.dp_replicate=1 parallel.ulysses=2`.
+    `clips`, `valid`, `test`: of the three sets; `processes` train, `ulysses` of them together on each sequence;
+    `overrides`: more keys of the training config.
     """
 
     set: str = "easy"
@@ -67,6 +67,7 @@ class LearnSyncConfig:
     valid: int = 32
     test: int = 128
     processes: int = 2
+    ulysses: int = 1
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     control: bool = True
     overrides: list[str] = field(default_factory=list)
@@ -75,8 +76,10 @@ class LearnSyncConfig:
     def __post_init__(self) -> None:
         if self.set not in SETS:
             raise ValueError(f"set={self.set}: choose from {', '.join(SETS)}")
-        if self.processes < 1 or BATCH % self.processes:
-            raise ValueError(f"processes={self.processes}: it must divide the batch of {BATCH}")
+        if self.ulysses < 1 or self.processes < 1 or self.processes % self.ulysses:
+            raise ValueError(f"ulysses={self.ulysses}: it must divide processes={self.processes}")
+        if BATCH % (self.processes // self.ulysses):
+            raise ValueError(f"processes={self.processes}: the batch of {BATCH} must divide into as many parts")
 
 
 def learn_sync(config: LearnSyncConfig) -> None:
@@ -103,11 +106,11 @@ def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int
     status = place / "runs" / name / "status.json"
     if status.exists() and json.loads(status.read_text())["state"] == "finished":
         return
-    count = config.processes
+    replicas = config.processes // config.ulysses
     _run(
-        "launch", "experiment=sync", f"cluster.processes={count}", f"parallel.dp_replicate={count}",
-        f"data.micro_batch={BATCH // count}", f"run.root={place / 'runs'}", f"run.id={name}",
-        f"checkpoint.every={steps // 6}",
+        "launch", "experiment=sync", f"cluster.processes={config.processes}", f"parallel.dp_replicate={replicas}",
+        f"parallel.ulysses={config.ulysses}", f"data.micro_batch={BATCH // replicas}",
+        f"run.root={place / 'runs'}", f"run.id={name}", f"checkpoint.every={steps // 6}",
         f"data.path={place / 'train'}", f"data.valid_path={place / 'valid'}", f"seed={seed}", f"steps={steps}",
         f"objective.bridge_dropout={bridge_dropout}", *config.overrides,
     )  # fmt: skip
@@ -160,10 +163,8 @@ def keep(config: LearnSyncConfig, name: str, result: dict[str, Any]) -> None:
     result = json.loads(json.dumps({**result, "recipe": recipe(config)}))  # keys as they are read back
     if path.exists() and {**json.loads(path.read_text()), "measured": None} == {**result, "measured": None}:
         return
-    result["measured"] = (
-        f"processes={config.processes}{''.join(f', {key}' for key in config.overrides)}; {hardware()}; commit "
-        f"{commit()}; {time.strftime('%Y-%m-%d')}"
-    )
+    how = [f"processes={config.processes}", f"ulysses={config.ulysses}", *config.overrides]
+    result["measured"] = f"{', '.join(how)}; {hardware()}; commit {commit()}; {time.strftime('%Y-%m-%d')}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
 
@@ -240,7 +241,8 @@ def _line(found: dict[str, Any]) -> str:
 def _run(module: str, *arguments: str) -> None:
     console.print("$ " + shlex.join(["python", "-m", module, *arguments]), style="dim", markup=False)
     begin = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # what needs more cores starts more processes
+    # The launcher shares the cores among its processes; of the others, what needs more cores starts more processes.
+    environment = {**os.environ, **({} if module == "launch" else {"OMP_NUM_THREADS": "1"})}
     if subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode:
         raise LearnSyncError(f"python -m {module} failed; its message is above")
     console.print(f"({time.monotonic() - begin:.0f} s)", style="dim")

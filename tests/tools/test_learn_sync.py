@@ -139,8 +139,23 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     record.write_text(record.read_text().replace('"recipe": "', '"recipe": "another'))
     learn_sync.report(config, tmp_path / "root")
     assert "seed-1" not in (tmp_path / "bench" / "learn-sync-easy.md").read_text()
-    recipes = [learn_sync.recipe(LearnSyncConfig(overrides=[key])) for key in ("parallel.ulysses=2", "optim.warmup=1")]
-    assert recipes[0] == learn_sync.recipe(LearnSyncConfig()) != recipes[1]  # a layout changes nothing that is trained
+    same = LearnSyncConfig(ulysses=2, overrides=["parallel.engine=zero2"])  # a layout changes nothing that is trained
+    recipes = [learn_sync.recipe(it) for it in (config, same, LearnSyncConfig(overrides=["optim.warmup=1"]))]
+    assert recipes[0] == recipes[1] != recipes[2]
+
+
+@pytest.mark.parametrize("processes,ulysses,replicas,micro_batch", [(1, 1, 1, 12), (2, 1, 2, 6), (2, 2, 1, 12)])
+def test_the_batch_is_divided_among_the_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, ulysses: int, replicas: int, micro_batch: int
+) -> None:
+    words: list[str] = []
+    monkeypatch.setattr(learn_sync, "_run", lambda *given: words.extend(given))
+    learn_sync.train(LearnSyncConfig(processes=processes, ulysses=ulysses), tmp_path, "seed-0", 0, 600, 0.0)
+    expected = {
+        f"cluster.processes={processes}", f"parallel.dp_replicate={replicas}", f"parallel.ulysses={ulysses}",
+        f"data.micro_batch={micro_batch}", "checkpoint.every=100",
+    }  # fmt: skip
+    assert expected <= set(words)
 
 
 def test_a_step_that_fails_ends_it(tmp_path: Path) -> None:
@@ -149,3 +164,5 @@ def test_a_step_that_fails_ends_it(tmp_path: Path) -> None:
         learn_sync.learn_sync(config)
     with pytest.raises(ValueError, match="choose from easy, hard"):
         LearnSyncConfig(set="medium")
+    with pytest.raises(ValueError, match="ulysses=2: it must divide processes=1"):
+        LearnSyncConfig(processes=1, ulysses=2)
