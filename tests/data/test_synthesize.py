@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def test_juggled_balls_have_voices_and_lanes_of_their_own() -> None:
             places = [(scene, *balls_at(scene, float(time), 64, 64)[0]) for scene in scenes]
             for scene, x, _ in places:
                 assert scene.left <= x - scene.radius and x + scene.radius <= scene.left + scene.room
+            for (one, left, _), (other, right, _) in pairwise(sorted(places, key=lambda place: place[1])):
+                assert left + one.radius <= right - other.radius  # none hides another
 
 
 @pytest.mark.parametrize(
