@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from tools.bench.record import commit, hardware, write_record
+from tools.sync_clips import draw_clips, read_clips, write_film
 from tools.sync_score import TASKS
 from train.checkpoint import committed, step_of
 from train.run_dir import write_atomically
@@ -43,6 +44,7 @@ SETS = {  # kind of clip, steps, thresholds of F1 by task
     "easy": ("bounce", 1500, (0.95, 0.95, 0.85)),
     "hard": ("juggle", 6000, (0.85, 0.80, 0.60)),
 }
+SHOWN = 2  # clips of a task in the picture and the film
 BATCH = 12  # of conf/experiment/sync.yaml
 SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
 INK, SOFT = "#23262b", "#8a9099"
@@ -136,12 +138,17 @@ def score(config: LearnSyncConfig, place: Path, run: Path, checkpoint: Path, spl
     """What tools.sync_score measures, kept in a file beside the run."""
     out = run / "scores" / f"{checkpoint.name}-{split}{'' if bridge else '-cut'}.json"
     if not out.exists():
-        samples = [f"samples={place / 'samples' / run.name}"] if split == "test" and bridge else []
+        samples = [f"samples={samples_of(place, run.name, bridge)}"] if split == "test" else []
         _run(
             "tools.sync_score", f"checkpoint={checkpoint}", f"dataset={place / split}", f"out={out}",
             f"bridge={bridge}", f"voices={config.set == 'hard'}", *samples,
         )  # fmt: skip
     return json.loads(out.read_text())
+
+
+def samples_of(place: Path, name: str, bridge: bool) -> Path:
+    """Folder with some of the test clips that the run `name` has made, TASK-NUMBER.mp4."""
+    return place / "samples" / (name if bridge else f"{name}-cut")
 
 
 def records_of(config: LearnSyncConfig) -> Path:
@@ -199,6 +206,21 @@ def report(config: LearnSyncConfig, place: Path) -> None:
     write_record(path, f"Synchronization learned from scratch: the {config.set} set", command, rows, NOTES)
     draw(path.with_suffix(".png"), results)
     console.print(f"written: {path}, {path.with_suffix('.png')}; clips to look at and hear: {place / 'samples'}")
+    for name in results:
+        whole, cut = (samples_of(place, name, bridge) for bridge in (True, False))
+        if name != "no-bridge" and whole.is_dir() and cut.is_dir():  # made here, not on another machine
+            show(path.with_name(f"{path.stem}-clips.png"), whole, cut, config.set == "hard")
+            break
+
+
+def show(path: Path, whole: Path, cut: Path, voices: bool) -> None:
+    """Clips of each task, and joint ones of which the Bridge was cut: a picture, and beside it a film."""
+    columns = [read_clips(whole, [f"{task.replace(' ', '-')}-{number}" for number in range(SHOWN)]) for task in TASKS]
+    apart = read_clips(cut, [f"joint-{number}" for number in range(SHOWN)])
+    columns.append([replace(clip, title=f"{clip.title}, Bridge cut") for clip in apart])
+    draw_clips(path, columns, voices)
+    write_film(path.with_suffix(".mp4"), [clip for column in columns for clip in column])
+    console.print(f"written: {path}, {path.with_suffix('.mp4')}")
 
 
 def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:

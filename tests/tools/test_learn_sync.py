@@ -110,8 +110,12 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
             found = {"seen": 9, "heard": 8, "matched": 7, "chance": 0.3, "offset": 0.0}
             Path(keys["out"]).parent.mkdir(exist_ok=True)
             Path(keys["out"]).write_text(json.dumps({t: {**found, "f1": f} for t, f in zip(TASKS, f1s, strict=True)}))
+            if "samples" in keys:
+                Path(keys["samples"]).mkdir(parents=True)
 
+    shown: list[tuple[str, str, str]] = []
     monkeypatch.setattr(learn_sync, "_run", play)
+    monkeypatch.setattr(learn_sync, "show", lambda path, a, b, _: shown.append((path.name, a.name, b.name)))
     monkeypatch.setattr(sys, "argv", ["learn_sync"])
     config = LearnSyncConfig(root=str(tmp_path / "root"), seeds=[0, 1], bench=str(tmp_path / "bench"))
     learn_sync.learn_sync(config)
@@ -119,6 +123,7 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     assert "F1 0.800 (0.800 to 0.800; asked 0.95)" in text and "best on validation after 200 steps" in text
     assert "no-bridge, Bridge cut at sampling" in text and "7 matched of 9 seen and 8 heard" in text
     assert (tmp_path / "bench" / "learn-sync-easy.png").stat().st_size > 10_000
+    assert set(shown) == {("learn-sync-easy-clips.png", "seed-0", "seed-0-cut")}
     trained = [words for words in asked if words[0] == "launch"]
     assert [next(w for w in words if "bridge_dropout" in w)[-3:] for words in trained] == ["0.0", "0.0", "1.0"]
     before = len(asked)
@@ -133,6 +138,7 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     learn_sync.learn_sync(config)
     text = (tmp_path / "bench" / "learn-sync-easy.md").read_text()
     assert "F1 0.767 (0.700 to 0.800; asked 0.95)" in text and "seed-2: training" in text
+    assert shown[-1] == ("learn-sync-easy-clips.png", "seed-2", "seed-2-cut")  # the only one whose clips are here
     assert "no-bridge: training" in text and record.read_bytes() == before_bytes
 
     # What was made otherwise does not.

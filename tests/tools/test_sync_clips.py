@@ -1,0 +1,71 @@
+"""tools.sync_clips on clips whose motion and sound are known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.decode import SAMPLE_RATE, open_media
+from data.errors import DataError
+from data.synthesize import BACKGROUND, SynthesizeConfig, synthesize
+from tools.learn_sync import show
+from tools.sample import write_mp4
+from tools.sync_clips import ENLARGED, PAUSE, Clip, draw_clips, paths, read_clips, write_film
+from tools.sync_score import TASKS
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
+    folder = tmp_path_factory.mktemp("clips")
+    synthesize(SynthesizeConfig(output=str(folder), clips=2, workers=1, kinds=["bounce"], sample_rate=16000))
+    return read_clips(folder, ["clip-000000", "clip-000001"])
+
+
+def test_the_path_shows_each_row_in_which_the_ball_is(clips: list[Clip]) -> None:
+    for clip in clips:
+        assert clip.pixels.shape == (3, 49, 64, 64) and clip.fps == pytest.approx(24)
+        drawn, picture = paths(clip.pixels), (clip.pixels.numpy() + 1) / 2
+        background = BACKGROUND.reshape(3) / 255
+        ball = (np.abs(picture - background.reshape(3, 1, 1, 1)).sum(0) > 0.3).any(-1)  # [F, H]
+        assert 0.1 < ball.mean() < 0.6
+        assert np.array_equal(np.abs(drawn - background).sum(-1).T > 0.3, ball)
+
+
+def test_a_film_plays_each_clip_with_its_own_sound(clips: list[Clip], tmp_path: Path) -> None:
+    write_film(tmp_path / "film.mp4", clips)
+    length = 49 + round(PAUSE * 24)
+    with open_media(tmp_path / "film.mp4") as film:
+        assert film.size == (64 * ENLARGED, 64 * ENLARGED)
+        pixels, sound = film.frames(0.0, 2 * length, 24, 64, 64), film.sound(0.0, round(2 * length / 24 * SAMPLE_RATE))
+    for number, clip in enumerate(clips):
+        shown = pixels[:, number * length : number * length + 49]
+        assert (shown - clip.pixels).abs().mean() < 0.05 < (shown - clips[1 - number].pixels).abs().mean()
+        begin = round(number * length / 24 * SAMPLE_RATE)
+        heard = [torch.corrcoef(torch.stack((sound[begin:][:32000], it.sound[:32000])))[0, 1] for it in clips]
+        assert heard[number] > 0.9 > heard[1 - number]
+
+
+def test_the_picture_marks_what_is_seen_and_heard(clips: list[Clip], tmp_path: Path) -> None:
+    still = Clip("still", clips[0].pixels[:, :1].expand(-1, 49, -1, -1), clips[0].sound, 24)
+    silent = Clip("still", clips[0].pixels, torch.zeros_like(clips[0].sound), 24)
+    drawn = []
+    for number, clip in enumerate([clips[0], still, silent]):
+        draw_clips(tmp_path / f"{number}.png", [[clip]], voices=False)
+        drawn.append((tmp_path / f"{number}.png").read_bytes())
+    assert len(set(drawn)) == 3 and min(map(len, drawn)) > 3000
+
+
+def test_learn_sync_shows_all_tasks_and_the_bridge_cut(clips: list[Clip], tmp_path: Path) -> None:
+    for folder in ("whole", "cut"):
+        for task in TASKS:
+            for number in range(2):
+                clip = clips[number]
+                write_mp4(tmp_path / folder / f"{task.replace(' ', '-')}-{number}.mp4", clip.pixels, clip.sound, 24)
+    show(tmp_path / "x-clips.png", tmp_path / "whole", tmp_path / "cut", voices=True)
+    with open_media(tmp_path / "x-clips.mp4") as film:
+        assert film.frame_times is not None and len(film.frame_times) > 8 * 49
+    assert (tmp_path / "x-clips.png").stat().st_size > 20_000
+    (tmp_path / "cut" / "joint-1.mp4").unlink()
+    with pytest.raises(DataError, match=r"joint-1\.mp4"):
+        show(tmp_path / "x-clips.png", tmp_path / "whole", tmp_path / "cut", voices=True)
