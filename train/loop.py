@@ -105,8 +105,9 @@ def _train(
             )
         )
         monitor.say(f"run {run_dir.root}: {layout.describe()}; {engine.size:,} parameters; data {describe_data(data)}")
+        width = max(map(len, table)) + 2
         for what, value in table.items():
-            monitor.say(f"  {what:<20}{value}")
+            monitor.say(f"  {what:<{width}}{value}")
         if found is None and config.run.start_from is not None:
             monitor.say(f"weights of {started_from}")
         if found is not None:

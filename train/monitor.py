@@ -107,8 +107,9 @@ class Monitor:
         if not self.active:
             return
         self._metrics.append({"step": step, **{f"valid/{k}": v for k, v in losses.items()}})
-        shown = [name for name in ("loss", "video", "audio", "ema/loss") if name in losses]
-        self.say(f"after {step} steps: validation loss " + ", ".join(f"{k} {losses[k]:.4f}" for k in shown))
+        names = {"loss": "validation loss", "video": "video", "audio": "audio", "ema/loss": "of averaged weights"}
+        shown = ", ".join(f"{text} {losses[name]:.4f}" for name, text in names.items() if name in losses)
+        self.say(f"after {step} steps: {shown}")
 
     def event(self, kind: str, step: int, text: str, **details: Any) -> None:
         """Something that happened beside the steps: said, and kept in events.jsonl with its time."""

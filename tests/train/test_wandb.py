@@ -16,6 +16,7 @@ import pytest
 from data.clip import Bucket
 from tests.shards import make_dataset
 from tests.train import runs
+from tests.train.wandb_server import WandbServer
 from train.run_dir import RunDir
 from train.samples import Sample, add_samples, folder_of
 from train.wandb_log import WandbLog
@@ -205,6 +206,44 @@ def test_clips_are_attached_and_still_are_after_the_next_start(tmp_path):
             ".mp4"
         ]
         time.sleep(1.1)  # folders are named by the second
+
+
+def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoint_and_behind_it(tmp_path):
+    """wandb's own client against a server on loopback; the first kill finds steps there that the run takes back, the
+    second one steps that never left."""
+    server = WandbServer()
+    run = tmp_path / "small"
+    run.mkdir()
+    metrics = run / "metrics.jsonl"
+    metrics.touch()
+    key = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "PYTHONPATH": str(REPOSITORY)}
+
+    def write(first: int, end: int, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tests.train.wandb_writer", str(run), str(first), str(end), *more]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **key})
+
+    def kill(process: subprocess.Popen[str], steps: int, kept: int) -> None:
+        """Once the server has that many; the checkpoint has `kept`."""
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+        end = time.monotonic() + 60
+        while len(server.history) < steps:
+            assert time.monotonic() < end, f"the server has {len(server.history)} of {steps} steps"
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:kept]))
+
+    try:
+        kill(write(0, 12, "hang"), 11, kept=8)  # wandb keeps the newest step until it is complete
+        kill(write(8, 16, "hang"), 11, kept=14)
+        assert len(server.history) == 11
+        assert write(14, 20).wait(60) == 0
+    finally:
+        server.close()
+    written = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["_step"] for row in server.history] == list(range(20)) == [row["step"] for row in written]
+    assert [row["train/loss"] for row in server.history] == [row["train/loss"] for row in written]
+    assert server.config["layout"]["value"] == {"ranks": "1 on cpu"} and server.alerts == ["small: finished"]
 
 
 def test_nothing_of_wandb_ends_a_run(tmp_path, monkeypatch, caplog):
