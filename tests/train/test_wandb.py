@@ -241,6 +241,7 @@ def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoin
     finally:
         server.close()
     written = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert server.ids == {"small"}
     assert [row["_step"] for row in server.history] == list(range(20)) == [row["step"] for row in written]
     assert [row["train/loss"] for row in server.history] == [row["train/loss"] for row in written]
     assert server.config["layout"]["value"] == {"ranks": "1 on cpu"} and server.alerts == ["small: finished"]

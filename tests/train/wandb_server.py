@@ -14,6 +14,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
+        self.ids: set[str] = set()  # of the runs that were begun or gone on with
         self.alerts: list[str] = []
         self.files: dict[str, bytes] = {}
         server = self
@@ -77,6 +78,7 @@ class WandbServer:
                 }  # fmt: skip
             return {"model": {"id": "m", "name": "p", "entity": entity, "bucket": bucket}}
         if operation == "UpsertBucket":
+            self.ids.add(name)
             inserted = not self.config
             self.config = json.loads(variables.get("config") or "{}") or self.config
             project = {"id": "m", "name": variables.get("project"), "entity": entity}
