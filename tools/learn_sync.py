@@ -44,6 +44,7 @@ SETS = {  # kind of clip, steps, thresholds of F1 by task
     "easy": ("bounce", 1500, (0.95, 0.95, 0.85)),
     "hard": ("juggle", 6000, (0.85, 0.80, 0.60)),
 }
+SCORED = 6  # checkpoints of a run, at equal distances
 SHOWN = 2  # clips of a task in the picture and the film
 BATCH = 12  # of conf/experiment/sync.yaml
 SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
@@ -112,7 +113,8 @@ def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int
     _run(
         "launch", "experiment=sync", f"cluster.processes={config.processes}", f"parallel.dp_replicate={replicas}",
         f"parallel.ulysses={config.ulysses}", f"data.micro_batch={BATCH // replicas}",
-        f"run.root={place / 'runs'}", f"run.id={name}", f"checkpoint.every={steps // 6}",
+        f"run.root={place / 'runs'}", f"run.id={name}",
+        f"checkpoint.every={steps // SCORED}", f"checkpoint.keep_every={steps // SCORED}",
         f"data.path={place / 'train'}", f"data.valid_path={place / 'valid'}", f"seed={seed}", f"steps={steps}",
         f"objective.bridge_dropout={bridge_dropout}", *config.overrides,
     )  # fmt: skip
@@ -121,7 +123,8 @@ def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int
 def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
     """Scores of every checkpoint on the validation set, and of the best one on the test set."""
     run = place / "runs" / name
-    checkpoints = committed(run / "checkpoints")
+    every = SETS[config.set][1] // SCORED  # steps; those of the clock, which a resume needs, are not scored
+    checkpoints = [path for path in committed(run / "checkpoints") if step_of(path) and step_of(path) % every == 0]
     with ThreadPoolExecutor(config.processes) as pool:  # one core each; the work is in processes of their own
         scores = pool.map(lambda path: score(config, place, run, path, "valid", True), checkpoints)
         curve = {step_of(path): found for path, found in zip(checkpoints, scores, strict=True)}
