@@ -23,7 +23,7 @@ help:
 	@echo "                              Debian or Ubuntu it installs the packages, else it says what to install"
 	@echo "make chaos                    a run killed 54 times and resumed equals the unbroken one; 10 minutes; in chaos/"
 	@echo "make learn-sync               proof that synchronization is learned: small models from scratch, scored by what"
-	@echo "                              they generate; 2 hours on 2 free cores; the same command goes on; in learn-sync/"
+	@echo "                              they generate; 1.5 hours on 2 free cores; the same command goes on; in learn-sync/"
 	@echo "make lint                     ruff and mypy over all packages; 1 minute"
 	@echo "make format                   let ruff repair the formatting"
 	@echo "make environment              only make .venv (3 to 10 minutes, 6 GB; the others do it where it is missing)"
