@@ -127,7 +127,12 @@ class Layout:
             "ulysses": self.sequence.ulysses,
         }  # fmt: skip
         product = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1 or name == "dp_shard")
-        return f"{self.world} ranks on {self.device.type} = {product}, {self.engine}"
+        return f"{counted(self.world, 'rank')} on {self.device.type} = {product}, {self.engine}"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """1 rank, 2 ranks."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
 
 
 def check_degrees(config: ParallelConfig, world: int) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from model.joint import JointConfig, JointTransformer
 from train.flops import forward_flops
-from train.mesh import DTYPES, Layout, ParallelConfig
+from train.mesh import DTYPES, Layout, ParallelConfig, counted
 from train.parallelize import recompute_kinds
 from train.recompute import units
 from train.sequence import shares
@@ -121,17 +121,17 @@ def layout_rows(
     flops = (
         3 * workload.clips * workload.micro_batches * forward_flops(config, workload.grid, workload.audio_steps).total
     )
-    counted = Counter(kinds)
+    units = Counter(kinds)
     rows = [
         ("ranks", f"{layout.world} on {layout.device.type}, {parallel.engine}, compute in {parallel.compute}"),
-        ("samples", f"{layout.dp_world} groups of {group.size} ranks get different ones"),
-        ("weights, optimizer", f"each split over {fsdp} ranks, in {layout.dp_replicate} copies"),
+        ("samples", f"{counted(layout.dp_world, 'group')} of {counted(group.size, 'rank')}, each gets its own"),
+        ("weights, optimizer", f"split over {counted(fsdp, 'rank')}, {counted(layout.dp_replicate, 'copy', 'copies')}"),
         ("a step of a group", f"{workload.micro_batches} x {workload.clips} clips of {grid} latents, "
                               f"{workload.audio_steps} of sound (largest bucket)"),
         ("video tokens", f"{sum(tokens):,} a clip, {_range(tokens)} a rank"),
         ("audio tokens", f"{workload.audio_tokens(config):,} a clip, on every rank"),
         ("video heads", f"{config.video.num_heads}, {_range(heads)} a rank; ring of {group.ring}"),
-        ("recomputed", ", ".join(f"{kind} in {count} units" for kind, count in sorted(counted.items()))),
+        ("recomputed", ", ".join(f"{kind} in {count} units" for kind, count in sorted(units.items()))),
         ("FLOPs", f"{flops / group.size / 1e12:,.3g} TFLOP a rank and step, without what is computed again"),
     ]  # fmt: skip
     if parallel.engine == "fsdp2":

@@ -69,6 +69,7 @@ def test_every_axis_sends_what_its_formula_says(counted, name):
 def test_the_table_says_who_shares_what(counted):
     table = counted["ring 2 x ulysses 2, replicated"][0]["table"]
     assert table["ranks"] == "4 on cpu, fsdp2, compute in float32"
+    assert table["samples"] == "1 group of 4 ranks, each gets its own"
     assert table["video tokens"] == "18 a clip, 4 or 5 a rank" and table["video heads"] == "3, 1 or 2 a rank; ring of 2"
     assert {"sent over fsdp", "sent over ulysses", "sent over ring", "sent over sequence"} <= table.keys()
 
