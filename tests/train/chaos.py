@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import socket
 import sys
 import time
@@ -262,7 +263,7 @@ def travel(folder: Path, steps: int = 24) -> None:
             killed = [0] * world if last else [RETRY] * (world - 1) + [-9]
             assert attempt.statuses == killed, (run, number, attempt)
             assert number == 0 or "resumed from" in attempt.said[0], (run, number, attempt.said[0])
-            assert f"{world} ranks on cpu" in attempt.said[0]
+            assert re.search(rf"\b{world} ranks? on cpu", attempt.said[0]), (run, number, attempt.said[0])
             assert ("zero2" if "parallel=zero2" in overrides else "fsdp2") in attempt.said[0]
         assert consumed(folder, run) == consumed(folder, "unbroken"), run
         worst = 0.0
