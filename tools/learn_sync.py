@@ -44,6 +44,7 @@ SETS = {  # kind of clip, steps, thresholds of F1 by task
     "easy": ("bounce", 1500, (0.95, 0.95, 0.85)),
     "hard": ("juggle", 6000, (0.85, 0.80, 0.60)),
 }
+CONTROL = "no-bridge"  # the run that is trained without it
 CORES = 2  # that the times of a run are given for
 SCORED = 6  # checkpoints of a run, at equal distances
 SHOWN = 2  # clips of a task in the picture and the film
@@ -98,7 +99,7 @@ def learn_sync(config: LearnSyncConfig) -> None:
         _run("data.prepare", f"source={clips}", f"output={place / split}")
     runs = {f"seed-{seed}": (seed, 0.0) for seed in config.seeds}
     if config.control:
-        runs["no-bridge"] = (config.seeds[0], 1.0)
+        runs[CONTROL] = (config.seeds[0], 1.0)
     for name, (seed, dropout) in runs.items():
         train(config, place, name, seed, steps, dropout)
         keep(config, name, evaluate(config, place, name))
@@ -122,7 +123,9 @@ def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int
 
 
 def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
-    """Scores of every checkpoint on the validation set, and of the best one on the test set."""
+    """Scores of every checkpoint on the validation set, and of the best one on the test set; the latter also with the
+    Bridge cut, where there is one.
+    """
     run = place / "runs" / name
     every = SETS[config.set][1] // SCORED  # steps; those of the clock, which a resume needs, are not scored
     checkpoints = [path for path in committed(run / "checkpoints") if step_of(path) and step_of(path) % every == 0]
@@ -133,9 +136,11 @@ def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
     path = next(path for path in checkpoints if step_of(path) == best)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record.get("perf/step_time", record.get("step_time", 0.0)) for record in records)
+    ways = {"test": True} if name == CONTROL else {"test": True, "cut": False}
     with ThreadPoolExecutor(CORES) as pool:
-        whole, cut = pool.map(lambda bridge: score(config, place, run, path, "test", bridge), (True, False))
-    return {"curve": curve, "best": best, "minutes": seconds / 60, "test": whole, "cut": cut}
+        tests = pool.map(lambda bridge: score(config, place, run, path, "test", bridge), ways.values())
+        found = dict(zip(ways, tests, strict=True))
+    return {"curve": curve, "best": best, "minutes": seconds / 60, **found}
 
 
 def score(config: LearnSyncConfig, place: Path, run: Path, checkpoint: Path, split: str, bridge: bool) -> Any:
@@ -186,8 +191,8 @@ def report(config: LearnSyncConfig, place: Path) -> None:
     results = {name: record for name, record in records.items() if record["recipe"] == recipe(config)}
     if left_out := sorted(records.keys() - results.keys()):
         console.print(f"left out, made by another recipe: {', '.join(left_out)} in {records_of(config)}", markup=False)
-    results |= {"no-bridge": results.pop("no-bridge")} if "no-bridge" in results else {}  # the control stands last
-    seeds = [result for name, result in results.items() if name != "no-bridge"]
+    results |= {CONTROL: results.pop(CONTROL)} if CONTROL in results else {}  # the control stands last
+    seeds = [result for name, result in results.items() if name != CONTROL]
     rows = []
     for task, bar in zip(TASKS, SETS[config.set][2], strict=True):
         values = [result["test"][task]["f1"] for result in seeds]
@@ -197,9 +202,9 @@ def report(config: LearnSyncConfig, place: Path) -> None:
         scores = f"F1 {mean(values):.3f} ({min(values):.3f} to {max(values):.3f}; asked {bar})"
         rows.append((task, f"{scores}; chance {chance:.2f}"))
         for name, result in results.items():
-            lines = {"": result["test"][task], ", Bridge cut at sampling": result["cut"][task]}
-            for what, found in lines.items():
-                rows.append((f"- {name}{what}", _line(found)))
+            rows.append((f"- {name}", _line(result["test"][task])))
+            if "cut" in result:
+                rows.append((f"- {name}, Bridge cut at sampling", _line(result["cut"][task])))
     for name, result in results.items():
         spent = (
             f"{result['minutes']:.1f} minutes; best on validation after {result['best']} steps; {result['measured']}"
@@ -212,7 +217,7 @@ def report(config: LearnSyncConfig, place: Path) -> None:
     console.print(f"written: {path}, {path.with_suffix('.png')}; clips to look at and hear: {place / 'samples'}")
     for name in results:
         whole, cut = (samples_of(place, name, bridge) for bridge in (True, False))
-        if name != "no-bridge" and whole.is_dir() and cut.is_dir():  # made here, not on another machine
+        if name != CONTROL and whole.is_dir() and cut.is_dir():  # made here, not on another machine
             show(path.with_name(f"{path.stem}-clips.png"), whole, cut, config.set == "hard")
             break
 
@@ -234,7 +239,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
     for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
         for name, result in results.items():
             steps = sorted(result["curve"], key=int)
-            control = name == "no-bridge"
+            control = name == CONTROL
             colour = SOFT if control else COLOURS[task]
             f1 = [result["curve"][step][task]["f1"] for step in steps]
             axes.plot(
