@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from tools.bench.record import commit, hardware, write_record
-from tools.sync_clips import draw_clips, read_clips, write_film
+from tools.sync_clips import INK, SOFT, draw_clips, read_clips, write_film
 from tools.sync_score import TASKS
 from train.checkpoint import committed, step_of
 from train.run_dir import write_atomically
@@ -50,7 +50,6 @@ SCORED = 6  # checkpoints of a run, at equal distances
 SHOWN = 2  # clips of a task in the picture and the film
 BATCH = 12  # of conf/experiment/sync.yaml
 SPLITS = {"train": 0, "valid": 1, "test": 2}  # seeds of the clips
-INK, SOFT = "#23262b", "#8a9099"
 COLOURS = {"video to audio": "#2e7da6", "audio to video": "#d1495b", "joint": "#7a4fa3"}
 
 
@@ -106,17 +105,22 @@ def learn_sync(config: LearnSyncConfig) -> None:
         report(config, place)
 
 
+def steps_between(steps: int) -> int:
+    """Of two checkpoints that are scored, in a run of so many steps."""
+    return steps // SCORED
+
+
 def train(config: LearnSyncConfig, place: Path, name: str, seed: int, steps: int, bridge_dropout: float) -> None:
     """The run `name`, to its end; nothing where it has finished."""
     status = place / "runs" / name / "status.json"
     if status.exists() and json.loads(status.read_text())["state"] == "finished":
         return
-    replicas = config.processes // config.ulysses
+    replicas, every = config.processes // config.ulysses, steps_between(steps)
     _run(
         "launch", "experiment=sync", f"cluster.processes={config.processes}", f"parallel.dp_replicate={replicas}",
         f"parallel.ulysses={config.ulysses}", f"data.micro_batch={BATCH // replicas}",
         f"run.root={place / 'runs'}", f"run.id={name}",
-        f"checkpoint.every={steps // SCORED}", f"checkpoint.keep_every={steps // SCORED}",
+        f"checkpoint.every={every}", f"checkpoint.keep_every={every}",
         f"data.path={place / 'train'}", f"data.valid_path={place / 'valid'}", f"seed={seed}", f"steps={steps}",
         f"objective.bridge_dropout={bridge_dropout}", *config.overrides,
     )  # fmt: skip
@@ -127,7 +131,7 @@ def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
     Bridge cut, where there is one.
     """
     run = place / "runs" / name
-    every = SETS[config.set][1] // SCORED  # steps; those of the clock, which a resume needs, are not scored
+    every = steps_between(SETS[config.set][1])  # those of the clock, which a resume needs, are not scored
     checkpoints = [path for path in committed(run / "checkpoints") if step_of(path) and step_of(path) % every == 0]
     with ThreadPoolExecutor(CORES) as pool:  # the work is in processes of their own
         scores = pool.map(lambda path: score(config, place, run, path, "valid", True), checkpoints)
@@ -135,7 +139,7 @@ def evaluate(config: LearnSyncConfig, place: Path, name: str) -> dict[str, Any]:
     best = max(curve, key=lambda step: (min(curve[step][task]["f1"] for task in TASKS), step))
     path = next(path for path in checkpoints if step_of(path) == best)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(record.get("perf/step_time", record.get("step_time", 0.0)) for record in records)
+    seconds = sum(record.get("perf/step_time", 0.0) for record in records)
     ways = {"test": True} if name == CONTROL else {"test": True, "cut": False}
     with ThreadPoolExecutor(CORES) as pool:
         tests = pool.map(lambda bridge: score(config, place, run, path, "test", bridge), ways.values())

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import socket
 import sys
 import time
@@ -27,6 +26,7 @@ from data.clip import Bucket
 from tests.shards import make_dataset
 from tests.train import chaos_rank
 from tools.bench.record import commit, hardware
+from train.mesh import counted
 
 REPOSITORY = Path(__file__).parents[2]
 CLIP = Bucket(frames=2, height=4, width=4, audio_steps=9, fps=24.0, has_video=True, has_audio=True)
@@ -263,7 +263,7 @@ def travel(folder: Path, steps: int = 24) -> None:
             killed = [0] * world if last else [RETRY] * (world - 1) + [-9]
             assert attempt.statuses == killed, (run, number, attempt)
             assert number == 0 or "resumed from" in attempt.said[0], (run, number, attempt.said[0])
-            assert re.search(rf"\b{world} ranks? on cpu", attempt.said[0]), (run, number, attempt.said[0])
+            assert f": {counted(world, 'rank')} on cpu" in attempt.said[0], (run, number, attempt.said[0])
             assert ("zero2" if "parallel=zero2" in overrides else "fsdp2") in attempt.said[0]
         assert consumed(folder, run) == consumed(folder, "unbroken"), run
         worst = 0.0

@@ -8,15 +8,14 @@ from typing import Any
 
 
 class WandbServer:
-    """`url`; `history`: rows as they were sent, the client's own keys begin with "_"; `config`; `alerts`: titles;
-    `files`: what was uploaded."""
+    """`url`; `history`: rows as they were sent, the client's own keys begin with "_"; `config`; `ids`: of the
+    runs that were begun or gone on with; `alerts`: titles. Uploaded files are let go."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
-        self.ids: set[str] = set()  # of the runs that were begun or gone on with
+        self.ids: set[str] = set()
         self.alerts: list[str] = []
-        self.files: dict[str, bytes] = {}
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,7 +37,7 @@ class WandbServer:
                 self._send(json.dumps(answer).encode())
 
             def do_PUT(self) -> None:
-                server.files[self.path[1:]] = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 self._send(b"{}")
 
             def _send(self, text: bytes) -> None:
@@ -81,15 +80,12 @@ class WandbServer:
             self.ids.add(name)
             inserted = not self.config
             self.config = json.loads(variables.get("config") or "{}") or self.config
-            project = {"id": "m", "name": variables.get("project"), "entity": entity}
             bucket = {
-                "id": "r",
-                "name": name,
-                "displayName": name,
-                "config": json.dumps(self.config),
-                "project": project,
-            }
-            return {"upsertBucket": {"bucket": bucket | {"historyLineCount": len(self.history)}, "inserted": inserted}}
+                "id": "r", "name": name, "displayName": name, "config": json.dumps(self.config),
+                "historyLineCount": len(self.history),
+                "project": {"id": "m", "name": variables.get("project"), "entity": entity},
+            }  # fmt: skip
+            return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
         if operation == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
