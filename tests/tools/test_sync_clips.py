@@ -1,5 +1,6 @@
 """tools.sync_clips on clips whose motion and sound are known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from data.decode import SAMPLE_RATE, open_media
 from data.errors import DataError
 from data.synthesize import BACKGROUND, SynthesizeConfig, synthesize
+from tools import sync_clips
 from tools.learn_sync import show
 from tools.sample import write_mp4
 from tools.sync_clips import ENLARGED, PAUSE, Clip, draw_clips, paths, read_clips, write_film
@@ -46,14 +48,21 @@ def test_a_film_plays_each_clip_with_its_own_sound(clips: list[Clip], tmp_path: 
         assert heard[number] > 0.9 > heard[1 - number]
 
 
-def test_the_picture_marks_what_is_seen_and_heard(clips: list[Clip], tmp_path: Path) -> None:
-    still = Clip("still", clips[0].pixels[:, :1].expand(-1, 49, -1, -1), clips[0].sound, 24)
-    silent = Clip("still", clips[0].pixels, torch.zeros_like(clips[0].sound), 24)
-    drawn = []
-    for number, clip in enumerate([clips[0], still, silent]):
-        draw_clips(tmp_path / f"{number}.png", [[clip]], voices=False)
-        drawn.append((tmp_path / f"{number}.png").read_bytes())
-    assert len(set(drawn)) == 3 and min(map(len, drawn)) > 3000
+def test_the_picture_marks_what_is_seen_and_heard(
+    clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(clip: Clip) -> bytes:
+        draw_clips(tmp_path / "x.png", [[clip]], voices=False)
+        return (tmp_path / "x.png").read_bytes()
+
+    still = replace(clips[0], pixels=clips[0].pixels[:, :1].expand(-1, 49, -1, -1))
+    silent = replace(clips[0], sound=torch.zeros_like(clips[0].sound))
+    marked = [drawn(clips[0]), drawn(still), drawn(silent)]
+    assert len(set(marked)) == 3 and min(map(len, marked)) > 3000
+    for name in ("impacts_seen", "impacts_heard"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sync_clips, name, lambda *_: [])
+            assert drawn(clips[0]) != marked[0]
 
 
 def test_learn_sync_shows_all_tasks_and_the_bridge_cut(clips: list[Clip], tmp_path: Path) -> None:
