@@ -143,7 +143,13 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     assert shown[-1] == ("learn-sync-easy-clips.png", "seed-2", "seed-2-cut")  # the only one whose clips are here
     assert "no-bridge: training" in text and record.read_bytes() == before_bytes
 
-    # What was made otherwise does not.
+    # Where only the control was made there are no clips to show.
+    (tmp_path / "elsewhere" / "samples" / "no-bridge").mkdir(parents=True)
+    shown.clear()
+    learn_sync.report(config, tmp_path / "elsewhere")
+    assert not shown
+
+    # What was made otherwise does not count.
     record.write_text(record.read_text().replace('"recipe": "', '"recipe": "another'))
     learn_sync.report(config, tmp_path / "root")
     assert "seed-1" not in (tmp_path / "bench" / "learn-sync-easy.md").read_text()
