@@ -79,6 +79,9 @@ class WandbLog:
         import wandb  # slow to import; runs with monitor.wandb=disabled do without
 
         os.environ.setdefault("WANDB_SILENT", "true")
+        # A start of its own process of W&B, also under a sweep or a notebook that has one: there a run that was killed
+        # would still be open, and its resume refused.
+        os.environ.pop("WANDB_SERVICE", None)
         name, online = self._run.root.name, self._mode == "online"
         (self._run.root / "wandb").mkdir(exist_ok=True)
         started = wandb.init(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import wandb
 
 from data.clip import Bucket
 from tests.shards import make_dataset
@@ -210,7 +211,14 @@ def test_clips_are_attached_and_still_are_after_the_next_start(tmp_path):
 
 def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoint_and_behind_it(tmp_path):
     """wandb's own client against a server on loopback; the first kill finds steps there that the run takes back, the
-    second one steps that never left."""
+    second one steps that never left. W&B runs already where the starts begin, as under a sweep: there a run that was
+    killed would stay open, and the next start would be refused."""
+    core = [sys.executable, "-m", "wandb", "beta", "core"]
+    bare = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    begun = subprocess.run(
+        [*core, "start", "--idle-timeout", "60s"], env=bare, check=True, text=True, stdout=subprocess.PIPE
+    )
+    shared = bare | {"WANDB_SERVICE": begun.stdout.strip()}
     server = WandbServer()
     run = tmp_path / "small"
     run.mkdir()
@@ -220,7 +228,7 @@ def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoin
 
     def write(first: int, end: int, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.train.wandb_writer", str(run), str(first), str(end), *more]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **key})
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=shared | key)
 
     def kill(process: subprocess.Popen[str], steps: int, kept: int) -> None:
         """Once the server has that many; the checkpoint has `kept`."""
@@ -240,6 +248,7 @@ def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoin
         assert write(14, 20).wait(60) == 0
     finally:
         server.close()
+        subprocess.run([*core, "stop"], env=shared, check=True)
     written = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert server.ids == {"small"}
     assert [row["_step"] for row in server.history] == list(range(20)) == [row["step"] for row in written]
@@ -248,8 +257,6 @@ def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoin
 
 
 def test_nothing_of_wandb_ends_a_run(tmp_path, monkeypatch, caplog):
-    import wandb
-
     def broken(**_):
         raise RuntimeError("no disk")
 
