@@ -59,7 +59,8 @@ class LearnSyncError(Exception):
 
 @dataclass
 class LearnSyncConfig:
-    """conf/learn_sync.yaml. `set`: easy or hard; `seeds`: a run each; `control`: also one without the Bridge.
+    """conf/learn_sync.yaml. `set`: easy or hard; `seeds`: a run each; `control`: also one without the Bridge, or only
+    that one where `seeds` is empty.
 
     `clips`, `valid`, `test`: of the three sets; `processes` train, `ulysses` of them together on each sequence;
     `overrides`: more keys of the training config.
@@ -80,6 +81,8 @@ class LearnSyncConfig:
     def __post_init__(self) -> None:
         if self.set not in SETS:
             raise ValueError(f"set={self.set}: choose from {', '.join(SETS)}")
+        if not self.seeds and not self.control:
+            raise ValueError("seeds=[] control=false: nothing is left to train; name a seed, or let the control run")
         if self.ulysses < 1 or self.processes < 1 or self.processes % self.ulysses:
             raise ValueError(f"ulysses={self.ulysses}: it must divide processes={self.processes}")
         if BATCH % (self.processes // self.ulysses):
@@ -98,7 +101,7 @@ def learn_sync(config: LearnSyncConfig) -> None:
         _run("data.prepare", f"source={clips}", f"output={place / split}")
     runs = {f"seed-{seed}": (seed, 0.0) for seed in config.seeds}
     if config.control:
-        runs[CONTROL] = (config.seeds[0], 1.0)
+        runs[CONTROL] = (config.seeds[0] if config.seeds else 0, 1.0)
     for name, (seed, dropout) in runs.items():
         train(config, place, name, seed, steps, dropout)
         keep(config, name, evaluate(config, place, name))

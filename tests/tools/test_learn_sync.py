@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,11 +144,12 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     assert shown[-1] == ("learn-sync-easy-clips.png", "seed-2", "seed-2-cut")  # the only one whose clips are here
     assert "no-bridge: training" in text and record.read_bytes() == before_bytes
 
-    # Where only the control was made there are no clips to show.
-    (tmp_path / "elsewhere" / "samples" / "no-bridge").mkdir(parents=True)
+    # The control by itself, elsewhere: there are no clips to show.
+    before = len(asked)
     shown.clear()
-    learn_sync.report(config, tmp_path / "elsewhere")
-    assert not shown
+    learn_sync.learn_sync(replace(config, root=str(tmp_path / "elsewhere"), seeds=[], control=True))
+    (words,) = [words for words in asked[before:] if words[0] == "launch"]
+    assert {"run.id=no-bridge", "seed=0", "objective.bridge_dropout=1.0"} <= set(words) and not shown
 
     # What was made otherwise does not count.
     record.write_text(record.read_text().replace('"recipe": "', '"recipe": "another'))
@@ -178,5 +180,7 @@ def test_a_step_that_fails_ends_it(tmp_path: Path) -> None:
         learn_sync.learn_sync(config)
     with pytest.raises(ValueError, match="choose from easy, hard"):
         LearnSyncConfig(set="medium")
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        LearnSyncConfig(seeds=[], control=False)
     with pytest.raises(ValueError, match="ulysses=2: it must divide processes=1"):
         LearnSyncConfig(processes=1, ulysses=2)
