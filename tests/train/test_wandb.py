@@ -216,7 +216,7 @@ def test_online_the_server_has_each_step_once_after_kills_ahead_of_the_checkpoin
     core = [sys.executable, "-m", "wandb", "beta", "core"]
     bare = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     begun = subprocess.run(
-        [*core, "start", "--idle-timeout", "60s"], env=bare, check=True, text=True, stdout=subprocess.PIPE
+        [*core, "start", "--idle-timeout", "10m"], env=bare, check=True, text=True, stdout=subprocess.PIPE
     )
     shared = bare | {"WANDB_SERVICE": begun.stdout.strip()}
     server = WandbServer()
