@@ -48,7 +48,7 @@ class Engine(Protocol):
 
     def group_squares(self) -> dict[str, Tensor]:
         """This rank's part of sums over all ranks, [groups of train/probes.py] each: squares of the weights ("param"),
-        of the last update ("update"), and, under FSDP2, of the last gradient before clipping ("grad")."""
+        of the last update ("update"), of the last gradient before clipping ("grad")."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its engine-neutral key, sharded ones as DTensors. All ranks call."""

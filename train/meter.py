@@ -88,8 +88,7 @@ class Meter:
             found[f"train/param_norm_{group}"] = weights
             if tower in self._towers.values() and tower != self._towers[expert]:
                 continue  # the idle expert
-            if "grad" in extra:
-                found[f"train/grad_norm_{group}"] = _root(extra["grad"][place])
+            found[f"train/grad_norm_{group}"] = _root(extra["grad"][place])
             if extra["update"][place] > 0:
                 found[f"train/update_ratio_{group}"] = _root(extra["update"][place]) / weights
         return found

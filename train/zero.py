@@ -31,7 +31,7 @@ from train.errors import RunError
 from train.mesh import DTYPES, Layout, ParallelConfig
 from train.optim import MOMENTS, OptimConfig, group_of
 from train.parallelize import prepare_model
-from train.probes import Piece, squares_by_group, update_squares
+from train.probes import GROUPS, Piece, squares_by_group, update_squares
 from train.recompute import units
 from train.workload import Workload
 
@@ -40,15 +40,20 @@ LARGEST_BUCKET = 500_000_000  # elements that are reduced at a time: DeepSpeed's
 
 
 class ExpertAdamW(torch.optim.AdamW):
-    """AdamW that passes over the groups marked idle.
+    """AdamW that passes over the groups marked idle, and adds up the squares of the gradients that it is given.
 
-    ZeRO hands every group a gradient, zeros for an expert that had none, on which momentum and decay would move it.
+    ZeRO hands every group a gradient, zeros for an expert that had none, on which momentum and decay would move it. It
+    does so one group or one piece of a group at a time, clipped, on this rank's part; nobody else sees them by group.
     """
+
+    squares: Tensor  # [groups of train/probes.py], of the calls since somebody set it to zero
 
     def step(self, closure: Any = None) -> Any:
         """One update of the groups that are not idle."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["idle"]]
+        given = [(group["name"], part.grad) for group in self.param_groups for part in group["params"]]
+        self.squares += squares_by_group([pair for pair in given if pair[1] is not None], self.squares.device)
         try:
             return super().step(closure)
         finally:
@@ -114,6 +119,7 @@ class ZeroEngine:
             group["idle"] = group["name"] in idle
             group["lr"] = group["base_rate"] * factor
         before = {tower: state["step"].clone() for tower, state in self._states() if tower not in idle}
+        self._adamw.squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=self._engine.device)
         self._engine.step()
         if self._average is not None:
             # Updates are counted on the device: to know whether this one was applied needs no wait.
@@ -124,8 +130,9 @@ class ZeroEngine:
             # It writes gradients over the last ones, but only where there are new ones: the expert that idles next
             # would leave its own behind, to be counted in the norm.
             self._zero.grad_partitions_flat_buffer.zero_()
-        norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float64, device=self._engine.device)
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64, device=self._engine.device)
+        self._unclipped = ((norm + 1e-6) / self._optim.clip).clamp(min=1)  # as DeepSpeed clips
+        return norm
 
     def limit_norm(self, limit: float) -> None:
         """See Engine. DeepSpeed decides for itself what it does not apply."""
@@ -141,6 +148,7 @@ class ZeroEngine:
         return {
             "param": squares_by_group([(piece.tower, piece.weights) for piece in pieces], self._engine.device),
             "update": update_squares(pieces, self._optim.betas, self._optim.eps, self._engine.device),
+            "grad": self._adamw.squares * self._unclipped.square(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
