@@ -9,11 +9,12 @@ thread. docs/data-order.md states what the order of samples depends on.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from omegaconf import MISSING
 
@@ -31,6 +32,8 @@ from train.mesh import Layout
 from train.noise import draw
 from train.objective import Draws, Objective
 from train.workload import Workload
+
+P = TypeVar("P", Batch, Draws)
 
 
 @dataclass
@@ -139,6 +142,13 @@ class Prepared:
 
     batch: Batch
     draws: Draws
+
+    def page_locked(self, device: torch.device) -> Prepared:
+        """The same, for a GPU in page-locked memory: copies from any other may make the host wait for the device."""
+        if device.type != "cuda":
+            return self
+        with torch.cuda.device(device):  # a thread begins on the first one, whatever the rank's is
+            return Prepared(_page_locked(self.batch), _page_locked(self.draws))
 
 
 @dataclass(frozen=True)
@@ -254,7 +264,7 @@ def open_stream(
         dp_world=layout.dp_world,
         micro_batch=config.micro_batch,
         text_length=text_length,
-        transform=lambda batch: Prepared(batch, draw(batch, objective, seed)),
+        transform=lambda batch: Prepared(batch, draw(batch, objective, seed)).page_locked(layout.device),
         captioner=config.captioner,
         prefetch=config.prefetch,
         workers=config.workers,
@@ -292,6 +302,12 @@ def plan(parts: list[Part], state: DataState, config: DataConfig, seed: int) -> 
             Segment(part.first_step, before.fingerprint, sizes, seed, config.window, first_sample, described)
         )
     return segments
+
+
+def _page_locked(part: P) -> P:
+    values = {f.name: getattr(part, f.name) for f in fields(part)}
+    locked: dict[str, Any] = {name: v.pin_memory() for name, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(part, **locked)
 
 
 def _open_part(stage: SegmentConfig, text_dim: int, places: PlacesConfig) -> Part:

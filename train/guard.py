@@ -82,11 +82,37 @@ class StepSums:
     wait: float  # seconds that this rank waited for the sums
 
 
+class _Sums:
+    """A vector [n] float64 that is summed over all ranks and then read on the host.
+
+    On a GPU it comes to the host on the stream `side`: who reads it waits for that, not for what was launched since.
+    """
+
+    def __init__(self, vector: Tensor, side: torch.cuda.Stream | None) -> None:
+        self._vector = vector  # held until it is read: its memory belongs to the stream that computes
+        work = dist.all_reduce(vector, async_op=True)
+        assert work is not None
+        self._wait: Callable[[], object] = work.wait
+        self._host = vector
+        if side is not None:
+            with torch.cuda.stream(side):
+                work.wait()
+                self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+                self._host.copy_(vector, non_blocking=True)
+                self._wait = side.record_event().synchronize
+
+    def read(self) -> list[float]:
+        """The sums."""
+        self._wait()
+        return self._host.tolist()
+
+
 class StepSignals:
     """One asynchronous all-reduce a step over all ranks."""
 
     def __init__(self) -> None:
-        self._pending: tuple[int, Tensor, dist.Work, dict[str, int]] | None = None
+        self._pending: tuple[int, _Sums, dict[str, int]] | None = None
+        self._side: torch.cuda.Stream | None = None
 
     def post(
         self,
@@ -102,23 +128,23 @@ class StepSignals:
         same on all ranks; extra: whatever else is to be summed, [n] each, of the same names on all ranks."""
         assert self._pending is None, "collect the last step's sums first"
         norm_share = norm / dist.get_world_size()
-        said = torch.tensor([float(flag) for flag in flags], device=loss.device)
+        # Filled, not copied from the host: a copy would wait for the device.
+        said = torch.stack([torch.full((), float(flag), device=loss.device) for flag in flags])
         extra = extra or {}
         parts = [loss.view(1), video, audio, norm_share.view(1), said, *extra.values()]
         vector = torch.cat([part.to(torch.float64) for part in parts])
-        work = dist.all_reduce(vector, async_op=True)
-        assert work is not None
-        self._pending = (step, vector, work, {name: len(values) for name, values in extra.items()})
+        if vector.is_cuda and self._side is None:
+            self._side = torch.cuda.Stream()
+        self._pending = (step, _Sums(vector, self._side), {name: len(values) for name, values in extra.items()})
 
     def collect(self) -> StepSums | None:
         """The sums of the step posted last, or None when there is none."""
         if self._pending is None:
             return None
-        step, vector, work, sizes = self._pending
+        step, sums, sizes = self._pending
         self._pending = None
         begin = time.perf_counter()
-        work.wait()
-        loss, video, video_weight, audio, audio_weight, norm, *rest = vector.tolist()
+        loss, video, video_weight, audio, audio_weight, norm, *rest = sums.read()
         wait = time.perf_counter() - begin
         said, rest = rest[: len(Flags._fields)], rest[len(Flags._fields) :]
         extra: dict[str, list[float]] = {}

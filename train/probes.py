@@ -30,12 +30,12 @@ class Piece(NamedTuple):
 @torch.no_grad()
 def squares_by_group(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Tensor:
     """Sums of squares [groups] float64 of (parameter name or tower, values)."""
-    pairs = list(tensors)
     found = torch.zeros(len(GROUPS), dtype=torch.float64, device=device)
-    if pairs:
-        norms = torch.stack(torch._foreach_norm([values for _, values in pairs])).to(torch.float64)
-        places = torch.tensor([PLACES[tower_of(name)] for name, _ in pairs], device=device)
-        found.index_add_(0, places, norms.square())
+    grouped: dict[int, list[Tensor]] = {}
+    for name, values in tensors:
+        grouped.setdefault(PLACES[tower_of(name)], []).append(values)
+    for place, parts in grouped.items():  # a tensor of places would come from the host, and wait for the device
+        found[place] = torch.stack(torch._foreach_norm(parts)).to(torch.float64).square().sum()
     return found
 
 

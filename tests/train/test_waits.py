@@ -1,0 +1,114 @@
+"""Nothing in a step makes the host wait for the device.
+
+The meta device stands for a GPU here: what would be copied between it and the host, or asked of its values, is refused.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.joint import JointTransformer
+from tests.train import cases
+from train.guard import Flags, StepSignals
+from train.optim import OptimConfig, ShardedOptimizer
+from train.probes import BridgeProbe, update_squares
+from train.step import forward_backward
+
+META = torch.device("meta")
+ASKING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+
+class _Tensors(TorchFunctionMode):
+    """Refuses tensors on the device that are made of Python's numbers: torch copies them there, and waits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == META:
+            assert isinstance(args[0], torch.Tensor), f"{func.__name__} of numbers on the device"
+        return func(*args, **kwargs)
+
+
+class _Copies(TorchDispatchMode):
+    """Refuses copies between host and device that are not asynchronous, and questions about values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        assert name not in ASKING, f"{name} asks the device for a value"
+        out = func(*args, **kwargs)
+        if name in ("aten::_to_copy", "aten::copy_"):
+            devices = {value.device.type for value in (*args, out) if isinstance(value, torch.Tensor)}
+            asynchronous = kwargs.get("non_blocking") or (name == "aten::copy_" and True in args[2:])
+            assert len(devices) < 2 or asynchronous, f"{name} between {devices}"
+        return out
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 1)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
+
+
+def test_a_step_launches_without_waiting(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward, norms by group, clipping and update, what metrics add, and the sums over the ranks."""
+    model = JointTransformer(cases.tiny_config()).to(META)
+    optimizer = ShardedOptimizer(model, OptimConfig(warmup=0), None)
+    monkeypatch.setattr(optimizer.adamw, "step", lambda: None)  # torch's own kernel, which has no meta form
+    for shard in optimizer.shards.values():
+        moments = {key: torch.zeros_like(shard) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.adamw.state[shard] = {"step": torch.ones((), device=META), **moments}
+    probe = BridgeProbe(model.dual_tower_bridge, META)
+    layout: Any = SimpleNamespace(device=META, world=1, sequence=SimpleNamespace(size=1))
+    prepared = cases.global_batch(0, torch.float32)
+    micro_batches = [cases.part(prepared, [0, 1]), cases.part(prepared, [2, 3])]
+
+    def step() -> None:
+        probe.active = True
+        losses = forward_backward(model, micro_batches, cases.OBJECTIVE, "high", layout)
+        norm = optimizer.global_norm()
+        optimizer.step(1.0, norm)
+        assert optimizer.squares is not None
+        moved = update_squares(optimizer.pieces(), [0.9, 0.95], 1e-8, META)
+        extra = {"noise": losses.noise.flatten(), "bridge": probe.take(), "update": moved, "grad": optimizer.squares}
+        StepSignals().post(0, losses.share, losses.video, losses.audio, norm, Flags(save=True), extra)
+
+    step()  # position tables are made once, and copied
+    with _Tensors(), _Copies():
+        step()
+
+
+def test_micro_batches_lie_where_a_gpu_copies_from() -> None:
+    prepared = cases.global_batch(0, torch.float32)
+    assert prepared.page_locked(torch.device("cpu")) is prepared
+    if torch.cuda.is_available():
+        locked = prepared.page_locked(torch.device("cuda", 0))
+        for before, after in ((prepared.batch, locked.batch), (prepared.draws, locked.draws)):
+            tensors = {name: value for name, value in vars(before).items() if isinstance(value, torch.Tensor)}
+            assert all(getattr(after, name).is_pinned() for name in tensors)
+            assert all(torch.equal(getattr(after, name), value) for name, value in tensors.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_reading_a_steps_sums_does_not_wait_for_what_was_launched_since(tmp_path: Path) -> None:
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        signals, one = StepSignals(), torch.ones(2, device="cuda")
+        for step in range(2):  # the first one makes the communicator
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            signals.post(step, one[0], one, one, one[1], Flags(save=True), {"more": 3 * one})
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+            sums = signals.collect()
+            busy = not torch.cuda.current_stream().query()
+            torch.cuda.synchronize()
+        assert busy and sums is not None and sums.flags == Flags(save=True)
+        assert (sums.loss, sums.grad_norm, sums.extra) == (1.0, 1.0, {"more": [3.0, 3.0]})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
