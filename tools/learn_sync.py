@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from tools.bench.record import commit, hardware, write_record
+from tools.bench.record import hardware, write_record
 from tools.sync_clips import INK, SOFT, draw_clips, read_clips, write_film
 from tools.sync_score import TASKS
 from train.checkpoint import committed, step_of
@@ -104,7 +104,7 @@ def learn_sync(config: LearnSyncConfig) -> None:
         runs[CONTROL] = (config.seeds[0] if config.seeds else 0, 1.0)
     for name, (seed, dropout) in runs.items():
         train(config, place, name, seed, steps, dropout)
-        keep(config, name, evaluate(config, place, name))
+        keep(config, place, name, evaluate(config, place, name))
         report(config, place)
 
 
@@ -180,14 +180,17 @@ def recipe(config: LearnSyncConfig) -> str:
     return hashlib.sha256(repr((texts, SETS[config.set][:2], config.clips, keys)).encode()).hexdigest()[:12]
 
 
-def keep(config: LearnSyncConfig, name: str, result: dict[str, Any]) -> None:
+def keep(config: LearnSyncConfig, place: Path, name: str, result: dict[str, Any]) -> None:
     """What was measured of the run `name`, with its circumstances. A record of the same result stays as it is."""
+    trained = json.loads((place / "runs" / name / "code.json").read_text())["commit"]  # the checkout may have moved on
     path = records_of(config) / f"{name}.json"
     result = json.loads(json.dumps({**result, "recipe": recipe(config)}))  # keys as they are read back
     if path.exists() and {**json.loads(path.read_text()), "measured": None} == {**result, "measured": None}:
         return
     how = [f"processes={config.processes}", f"ulysses={config.ulysses}", *config.overrides]
-    result["measured"] = f"{', '.join(how)}; {hardware()}; commit {commit()}; {time.strftime('%Y-%m-%d')}"
+    result["measured"] = (
+        f"{', '.join(how)}; {hardware()}; commit {trained[:7] or 'unknown'}; {time.strftime('%Y-%m-%d')}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
 

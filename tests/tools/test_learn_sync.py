@@ -105,6 +105,7 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
                 (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
                 (run / "checkpoints" / f"step-{step:08d}" / "COMMITTED").touch()
             (run / "status.json").write_text('{"state": "finished"}')
+            (run / "code.json").write_text('{"commit": "c0ffee00"}')
             (run / "metrics.jsonl").write_text('{"step": 0, "perf/step_time": 60.0}\n' * 3)
         elif module == "tools.sync_score":
             step = int(keys["checkpoint"][-8:])
@@ -123,6 +124,7 @@ def test_the_checkpoint_is_chosen_on_the_validation_set_and_nothing_is_made_twic
     learn_sync.learn_sync(config)
     text = (tmp_path / "bench" / "learn-sync-easy.md").read_text()
     assert "F1 0.800 (0.800 to 0.800; asked 0.95)" in text and f"best on validation after {2 * every} steps" in text
+    assert "commit c0ffee0;" in text  # what trained, not what stands here by now
     assert "seed-1, Bridge cut at sampling" in text and "no-bridge, Bridge cut" not in text  # it has none
     assert "- no-bridge |" in text and "7 matched of 9 seen and 8 heard" in text
     assert (tmp_path / "bench" / "learn-sync-easy.png").stat().st_size > 10_000
