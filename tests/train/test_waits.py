@@ -3,6 +3,7 @@
 The meta device stands for a GPU here: what would be copied between it and the host, or asked of its values, is refused.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,13 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.clip import Bucket
 from model.joint import JointTransformer
+from tests.shards import make_dataset
 from tests.train import cases
+from train import feed
 from train.guard import Flags, StepSignals
+from train.objective import Objective
 from train.optim import OptimConfig, ShardedOptimizer
 from train.probes import BridgeProbe, update_squares
 from train.step import forward_backward
@@ -83,15 +88,35 @@ def test_a_step_launches_without_waiting(one_rank: None, monkeypatch: pytest.Mon
         step()
 
 
-def test_micro_batches_lie_where_a_gpu_copies_from() -> None:
-    prepared = cases.global_batch(0, torch.float32)
-    assert prepared.page_locked(torch.device("cpu")) is prepared
-    if torch.cuda.is_available():
-        locked = prepared.page_locked(torch.device("cuda", 0))
-        for before, after in ((prepared.batch, locked.batch), (prepared.draws, locked.draws)):
-            tensors = {name: value for name, value in vars(before).items() if isinstance(value, torch.Tensor)}
-            assert all(getattr(after, name).is_pinned() for name in tensors)
-            assert all(torch.equal(getattr(after, name), value) for name, value in tensors.items())
+def test_micro_batches_lie_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every tensor of every micro-batch of the stream, locked for the rank's own GPU (stand-ins lock and choose it)."""
+    chosen: list[torch.device] = []
+    locked: set[int] = set()
+
+    def lock(tensor: torch.Tensor) -> torch.Tensor:
+        locked.add(id(copy := tensor.clone()))
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: chosen.append(device) or nullcontext())
+    bucket = Bucket(frames=2, height=4, width=4, audio_steps=9, fps=24.0, has_video=True, has_audio=True)
+    make_dataset(tmp_path / "data", [(bucket, 4)], dim=cases.TEXT_DIM)
+    config = feed.DataConfig(path=str(tmp_path / "data"), batch_size=2, micro_batch=2, workers=0)
+    objective = Objective(cases.OBJECTIVE, ("high", "low"))
+    found = {}
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        layout: Any = SimpleNamespace(device=device, dp_rank=0, dp_world=1, sequence=SimpleNamespace(size=1))
+        parts = feed.open_data(config, cases.TEXT_DIM)
+        stream = feed.open_stream(parts, feed.start_state(parts, config, 0), config, layout, objective, 0, 6)
+        (found[device.type],) = next(iter(stream))
+        stream.close()
+        feed.close_data(parts)
+    assert chosen and set(chosen) == {torch.device("cuda", 1)}
+    for which in ("batch", "draws"):
+        mine, plain = (vars(getattr(found[kind], which)) for kind in ("cuda", "cpu"))
+        tensors = [name for name, value in plain.items() if isinstance(value, torch.Tensor)]
+        assert tensors and all(id(mine[name]) in locked and id(plain[name]) not in locked for name in tensors)
+        assert all(torch.equal(mine[name], plain[name]) for name in tensors)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
