@@ -1,4 +1,4 @@
-"""What a training step eats: one micro-batch of one rank, in the model's layout."""
+"""The input of a training step: one micro-batch of one rank, in the model's layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class Sample:
 
 @dataclass
 class Batch:
-    """One micro-batch of one rank; B samples of one bucket (T, H, W latent, La latent audio steps)."""
+    """One micro-batch of one rank; B samples of one bucket (T, H, W latent, La latent audio steps).
+
+    The bucket is that of the whole global batch, and determines for every rank which modalities run; the weights tell
+    which of them a sample has.
+    """
 
     step: int
     bucket: Bucket
@@ -37,7 +41,7 @@ class Batch:
     audio: Tensor  # [B, 128, La] bfloat16, zeros where there is no audio
     condition: Tensor  # [B, 20, T, H, W] bfloat16: 4 mask channels (1 on latent frame 0), 16 latent channels
     text: Tensor  # [B, text_length, D] bfloat16, zero-padded
-    empty_text: Tensor  # [text_length, D] bfloat16, the encoded empty prompt, zero-padded
+    empty_text: Tensor  # [text_length, D] bfloat16, the encoded empty prompt, zero-padded; batches may share it
     weight: Tensor  # [B] float32, 0 for left-over slots and damaged samples
     video_weight: Tensor  # [B] float32, 0 where the sample has no video
     audio_weight: Tensor  # [B] float32, 0 where the sample has no audio
@@ -94,29 +98,37 @@ def unfilled(step: int, bucket: Bucket, count: int, empty_text: Tensor, text_len
 def assemble(
     step: int, bucket: Bucket, samples: Sequence[Sample], empty_text: Tensor, text_length: int, total_weight: float
 ) -> Batch:
-    """Copy samples of one bucket into a Batch. `empty_text` [L0, D]; text beyond `text_length` is cut off."""
+    """Copy samples of one bucket into a Batch. `empty_text` [L0, D]; text beyond `text_length` is cut off.
+
+    A clip may lack what its bucket has: that modality has weight 0 for it then.
+    """
     batch = unfilled(step, bucket, len(samples), empty_text, text_length, total_weight)
     for slot, sample in enumerate(samples):
         clip = sample.clip
-        places = batch.slot(slot)
-        _put(places["video"], None if clip is None else clip.video)
-        _put(places["audio"], None if clip is None or clip.audio is None else clip.audio.T)
-        _put(places["condition"], None if clip is None else clip.condition)
-        _put(places["text"], None if sample.text is None else pad_text(sample.text, text_length))
+        slots = batch.slot(slot)
+        if clip is not None:
+            batch.video_weight[slot] *= clip.video is not None
+            batch.audio_weight[slot] *= clip.audio is not None
+        _put(slots["video"], None if clip is None else clip.video)
+        _put(slots["audio"], None if clip is None or clip.audio is None else clip.audio.T)
+        _put(slots["condition"], None if clip is None else clip.condition)
+        _put(slots["text"], None if sample.text is None else pad_text(sample.text, text_length))
         batch.keys[slot], batch.sample_numbers[slot], batch.weight[slot] = sample.key, sample.number, sample.weight
     return batch
 
 
-def _put(place: Tensor, values: Tensor | None) -> None:
-    """Every byte is written once: zeroing all of a batch first would cost as much as the copies."""
+def _put(target: Tensor, values: Tensor | None) -> None:
+    """Write every byte once: zeroing a whole batch first would cost as much as the copies."""
     if values is None:
-        place.zero_()
+        target.zero_()
     else:
-        place.copy_(values)
+        target.copy_(values)
 
 
 def pad_text(text: Tensor, length: int) -> Tensor:
-    """[L, D] -> [length, D]: zero rows are added, or what is beyond `length` is cut off."""
+    """[L, D] -> [length, D]: zero rows are added, or what is beyond `length` is cut off; itself where it fits."""
+    if len(text) == length:
+        return text
     padded = text.new_zeros(length, text.shape[-1])
     padded[: len(text)] = text[:length]
     return padded

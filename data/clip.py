@@ -1,4 +1,4 @@
-"""One encoded sample and the geometry of a shard: what is stored, byte for byte.
+"""One encoded sample and the geometry of a shard, as stored byte for byte.
 
 A sample is two tar members: `<key>.safetensors` (tensors `video`, `audio`, `condition`, each present only where the
 modality is) and `<key>.json` (its meta: fps, frames, pixel size, seconds, source, encoder fingerprints, bucket, ...).
@@ -95,7 +95,7 @@ class EncodedClip:
             expected["audio"] = (bucket.audio_steps, AUDIO_CHANNELS)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != expected:
-            raise ValueError(f"holds tensors {shapes}, its bucket says {expected}")
+            raise ValueError(f"holds tensors {shapes}, its bucket requires {expected}")
         wrong = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != torch.bfloat16}
         if wrong:
             raise ValueError(f"holds tensors of type {wrong}, expected bfloat16")
@@ -129,3 +129,8 @@ def restore_tail(condition: Tensor, frames: int) -> Tensor:
 def encode_json(values: dict[str, Any]) -> bytes:
     """One form for equal values, so that shards are reproducible. ValueError for NaN."""
     return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def clip_seconds(bucket: Bucket) -> float:
+    """Length of a bucket's clips: the first latent frame is one frame, each other one four."""
+    return (1 + 4 * (bucket.frames - 1)) / bucket.fps

@@ -1,12 +1,23 @@
-"""Errors of the data room that a user can act on."""
+"""Errors of datasets and clips that a user can act on."""
+
+from core.errors import UserError
 
 
-class DataError(Exception):
-    """Bad input or a bad dataset. The message names value, place and remedy; programs print it and exit with 1."""
+class DataError(UserError):
+    """Bad input or a bad dataset."""
 
 
 class ReadError(DataError):
     """Reading failed again and again though nothing is known to be wrong with the data: another attempt may succeed."""
+
+    retry = True
+
+
+class MissingData(DataError):
+    """A dataset, or a file of it, that is not there or cannot be opened: a wrong path, or a mount or a permission that
+    is missing. Where it was there before, another attempt may find it again."""
+
+    may_return = True
 
 
 class DamagedSample(DataError):

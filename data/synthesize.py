@@ -1,6 +1,6 @@
 """Renders mp4 clips whose picture and sound have exactly synchronous, known events.
 
-    python -m data.synthesize output=clips clips=200
+    mova synthesize output=clips clips=200
 
 Kinds: a ball that bounces with independent hop durations, two balls that collide with each other and with the walls,
 and a ticking pendulum. Pitch follows hue, loudness follows the speed of the impact. `kinds=[juggle]` gives two or three
@@ -14,7 +14,6 @@ import colorsys
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import av
-import hydra
 import numpy as np
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import MISSING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from core.compose import Schema
+from core.durable import write_atomically
+from core.program import Call, Program
+from core.ranges import bounded, seed_field
 from data.errors import DataError
 
 KINDS = ("bounce", "collide", "tick", "juggle")
@@ -58,18 +58,30 @@ COLOURS = (
 
 @dataclass
 class SynthesizeConfig:
-    """Settings of the program."""
+    """The clips to render.
 
-    output: str = MISSING  # folder of the clips
-    clips: int = MISSING  # how many
-    seed: int = 0
-    frames: int = 49  # a clip
-    fps: float = 24
-    height: int = 64  # pixels
-    width: int = 64
-    sample_rate: int = 48000  # of the sound; 48000 or 16000
-    kinds: list[str] = field(default_factory=lambda: list(KINDS[:3]))  # clips take them in turn
-    workers: int = 0  # processes; 0 = one a core
+    output: folder of the clips
+    clips: number of clips
+    seed: seed of all random draws
+    frames: frames of a clip
+    fps: frames per second
+    height: pixels
+    width: pixels
+    sample_rate: sample rate of the sound: 48000 or 16000
+    kinds: bounce, collide, tick, juggle; clips take them in turn
+    workers: number of processes; 0: one per core
+    """
+
+    output: str = MISSING
+    clips: int = bounded(MISSING, "[1, inf)")
+    seed: int = seed_field()
+    frames: int = bounded(49, "[1, inf)")
+    fps: float = bounded(24, "(0, inf)")
+    height: int = bounded(64, "[1, inf)")
+    width: int = bounded(64, "[1, inf)")
+    sample_rate: int = bounded(48000, "[1, inf)")
+    kinds: list[str] = field(default_factory=lambda: list(KINDS[:3]))
+    workers: int = bounded(0, "[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -286,37 +298,52 @@ def write_clip(folder: Path, number: int, config: SynthesizeConfig) -> bool:
     }
     frames = [draw_frame(scenes, i / config.fps, config.height, config.width) for i in range(config.frames)]
     sound = make_sound(scenes, seconds, config.sample_rate)
-    _write_text(path.with_suffix(".json"), json.dumps(truth, indent=1) + "\n")
-    _write_text(path.with_suffix(".txt"), caption + "\n")
-    unfinished = path.with_name(f".{path.name}.partial")
-    encode_mp4(unfinished, frames, config.fps, sound, config.sample_rate)
-    _finish(unfinished, path)
+    words = json.dumps(truth, indent=1) + "\n"
+    write_atomically(path.with_suffix(".json"), words)
+    write_atomically(
+        path.with_suffix(".txt"), lambda unfinished: unfinished.write_text(f"{caption}\n", encoding="utf-8")
+    )
+    write_atomically(path, lambda unfinished: encode_mp4(unfinished, frames, config.fps, sound, config.sample_rate))
     return True
 
 
-def encode_mp4(path: Path, frames: list[np.ndarray], fps: float, sound: np.ndarray, sample_rate: int) -> None:
+def encode_mp4(
+    path: Path,
+    frames: list[np.ndarray] | None,
+    fps: float,
+    sound: np.ndarray | None,
+    sample_rate: int,
+    comment: str = "",
+) -> None:
     """H.264 and AAC in mp4, one thread, so that equal input gives equal bytes.
 
-    frames: [H, W, 3] uint8 each; sound: [samples] float32, mono; both begin at time 0.
+    frames: [H, W, 3] uint8 each; sound: [samples] float32, mono; both begin at time 0. None: no such stream.
+    comment: stands in the file's metadata.
     """
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        video.height, video.width = frames[0].shape[:2]
-        video.pix_fmt = "yuv420p"
-        video.options = {"crf": "14", "preset": "veryfast", "threads": "1", "bf": "0"}
-        audio = container.add_stream("aac", rate=sample_rate, layout="mono")
-        audio.bit_rate = 96000
-        for i, frame in enumerate(frames):
+        if comment:
+            container.metadata["comment"] = comment
+        if frames is not None:
+            video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            video.height, video.width = frames[0].shape[:2]
+            video.pix_fmt = "yuv420p"
+            video.options = {"crf": "14", "preset": "veryfast", "threads": "1", "bf": "0"}
+        if sound is not None:
+            audio = container.add_stream("aac", rate=sample_rate, layout="mono")
+            audio.bit_rate = 96000
+        for i, frame in enumerate(frames or ()):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts = i
             picture.time_base = 1 / Fraction(fps).limit_denominator(1001)
             container.mux(video.encode(picture))
-        container.mux(video.encode(None))
-        for start in range(0, len(sound), 1024):
-            block = av.AudioFrame.from_ndarray(sound[None, start : start + 1024], format="fltp", layout="mono")
-            block.sample_rate, block.pts, block.time_base = sample_rate, start, Fraction(1, sample_rate)
-            container.mux(audio.encode(block))
-        container.mux(audio.encode(None))
+        if frames is not None:
+            container.mux(video.encode(None))
+        if sound is not None:
+            for start in range(0, len(sound), 1024):
+                block = av.AudioFrame.from_ndarray(sound[None, start : start + 1024], format="fltp", layout="mono")
+                block.sample_rate, block.pts, block.time_base = sample_rate, start, Fraction(1, sample_rate)
+                container.mux(audio.encode(block))
+            container.mux(audio.encode(None))
 
 
 def synthesize(config: SynthesizeConfig) -> Path:
@@ -341,7 +368,7 @@ def synthesize(config: SynthesizeConfig) -> Path:
     for number, kind in enumerate(config.kinds):  # fails early, in this process
         draw_scenes(config.seed, number, config.frames / config.fps, config.height, config.width, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_text(record, json.dumps(settings))
+    write_atomically(record, json.dumps(settings))
     columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn())
     made = 0
     workers = config.workers or os.cpu_count() or 1
@@ -357,44 +384,19 @@ def synthesize(config: SynthesizeConfig) -> Path:
             raise DataError(
                 "a worker died, perhaps out of memory; run the same command again with workers=1"
             ) from error
-    print(f"{made} clips made, {config.clips - made} were there: {folder}")
+    print(f"{made} clips made, {config.clips - made} existed already: {folder}")
     return folder
 
 
-def main() -> None:
-    """The program: reads the command line, prints errors without a traceback."""
-    ConfigStore.instance().store(name="synthesize_schema", node=SynthesizeConfig)
-    _run()
-
-
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="synthesize")
-def _run(cfg: DictConfig) -> None:
-    try:
-        config: Any = OmegaConf.to_object(cfg)
-        synthesize(config)
-    except MissingMandatoryValue as error:
-        print(f"error: {error.full_key} is not given: python -m data.synthesize output=DIR clips=N", file=sys.stderr)
-        sys.exit(1)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def _run(call: Call[SynthesizeConfig]) -> None:
+    synthesize(call.config)
 
 
 def _blend(picture: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> None:
     picture += cover[..., None] * (colour - picture)
 
 
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    _finish(unfinished, path)
-
-
-def _finish(unfinished: Path, path: Path) -> None:
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    os.rename(unfinished, path)
-
+PROGRAM = Program("synthesize", __doc__, _run, schema=Schema("synthesize", SynthesizeConfig, ()))
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.start()

@@ -1,1 +1,1 @@
-"""From a config to running processes."""
+"""Starts the processes of a run from its config."""

@@ -1,7 +1,7 @@
-"""Data preparation as a job array: one unit of `python -m data.prepare` a task.
+"""Data preparation as a job array: one unit of `mova prepare` per task.
 
-A task that is preempted or loses its node is started again by SLURM, and a second submission does the units that are
-missing. Everything of the array lies in `<output>.jobs/`: code/, prepare.sh, logs/.
+A task that is preempted or loses its node is restarted by SLURM, and a second submission does the missing units. All
+files of the array are in `<output>.jobs/`: code/, prepare.sh, logs/.
 """
 
 from __future__ import annotations
@@ -10,50 +10,43 @@ import shlex
 import sys
 from pathlib import Path
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
+from core.compose import compose
+from core.durable import write_atomically
+from core.errors import RunError
 from data.errors import DataError
-from data.prepare import FILES_A_UNIT, MOST_UNITS, PrepareConfig
-from data.source import list_sources
-from launch import slurm
-from launch.compose import SubmitConfig, compose_plain
-from launch.slurm import SlurmConfig
+from data.prepare.__main__ import PROGRAM
+from data.prepare.curation import FILES_A_UNIT, MOST_UNITS, PrepareConfig
+from data.sources.cells import TableLayout
+from data.sources.survey import Survey
+from launch.compose import SubmitConfig
+from launch.slurm import slurm
+from launch.slurm.slurm import SlurmConfig
 from launch.snapshot import Snapshot
-from train.errors import RunError
-from train.run_dir import write_atomically
 
-TEMPLATE = Path(__file__).with_name("prepare.sh.template")
+TEMPLATE = slurm.TEMPLATE.with_name("prepare.sh.template")
 SCRIPT = "prepare.sh"
 MOST_TASKS = MOST_UNITS
 
 
 def check(overrides: list[str]) -> PrepareConfig:
-    """The config that the overrides of conf/prepare.yaml describe. RunError when one is wrong."""
-    ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
-    try:
-        config = OmegaConf.to_object(compose_plain("prepare", overrides))
-    except MissingMandatoryValue as error:
-        raise RunError(f"{error.full_key} is missing: give it on the command line, {error.full_key}=...") from None
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RunError(str(error).splitlines()[0]) from None
+    """The config that the overrides of conf/prepare.yaml describe. UserError if one is wrong."""
+    config = compose(PROGRAM.schema, overrides).typed()
     assert isinstance(config, PrepareConfig)
     if config.unit or config.units:
-        raise RunError("unit and units are the launcher's affair here: give launch.units=N")
+        raise RunError("the launcher sets unit and units: give launch.units=N")
     return config
 
 
 def folder(config: PrepareConfig) -> Path:
-    """Where everything of the array lies."""
+    """The folder of the array's files."""
     output = Path(config.output)
     return output.with_name(output.name + ".jobs")
 
 
 def render(cluster: SlurmConfig, config: PrepareConfig, submit: SubmitConfig, code: Path, overrides: list[str]) -> str:
-    """The batch script of the array. RunError when there is nothing to prepare."""
+    """The batch script of the array. RunError if there is nothing to prepare."""
     try:
-        files = len(list_sources(config.source))
+        files = Survey(config.source, TableLayout(config.columns, config.delimiter)).count()
     except DataError as error:
         raise RunError(str(error)) from None
     units = submit.units or min(MOST_TASKS, -(-files // FILES_A_UNIT))
@@ -63,7 +56,7 @@ def render(cluster: SlurmConfig, config: PrepareConfig, submit: SubmitConfig, co
         f"--chdir={Path.cwd()}",
         f"--output={logs}/%A_%a.out",
         "--open-mode=append",
-        f"--array=0-{units - 1}" + (f"%{submit.at_once}" if submit.at_once else ""),
+        f"--array=0-{units - 1}" + (f"%{submit.max_parallel_units}" if submit.max_parallel_units else ""),
         "--nodes=1",
         "--ntasks=1",
         "--requeue" if cluster.requeue else "--no-requeue",
@@ -88,17 +81,17 @@ def render(cluster: SlurmConfig, config: PrepareConfig, submit: SubmitConfig, co
 def submit_array(
     cluster: SlurmConfig, config: PrepareConfig, submit: SubmitConfig, code: Snapshot, overrides: list[str]
 ) -> None:
-    """Give the array to SLURM, or show what would be given."""
-    place = folder(config)
-    script = render(cluster, config, submit, code.folder(place), overrides)
+    """Submit the array to SLURM, or print what would be submitted."""
+    job_folder = folder(config)
+    script = render(cluster, config, submit, code.folder(job_folder), overrides)
     if submit.dry_run:
         print(script, end="")
         return
     if submit.test_only:
-        print(slurm.sbatch(["--test-only"], script))
+        print(slurm.sbatch(["--test-only"], script, cluster))
         return
-    code.write(place)
-    (place / "logs").mkdir(parents=True, exist_ok=True)
-    write_atomically(place / SCRIPT, script)
-    job = slurm.sbatch(["--parsable"], place / SCRIPT).split(";")[0]
-    print(f"{config.output}: job array {job}; script {place / SCRIPT}, logs {place / 'logs'}")
+    code.write(job_folder)
+    (job_folder / "logs").mkdir(parents=True, exist_ok=True)
+    write_atomically(job_folder / SCRIPT, script)
+    job = slurm.sbatch(["--parsable"], job_folder / SCRIPT, cluster).split(";")[0]
+    print(f"{config.output}: job array {job}; script {job_folder / SCRIPT}, logs {job_folder / 'logs'}")

@@ -1,6 +1,6 @@
 """A rendezvous of one machine whose store listens on the loopback address only.
 
-torch's own rendezvous handlers open their store on every network interface, where anybody who reaches the port can read
+torch's own rendezvous handlers open their store on every network interface, where anyone who reaches the port can read
 and write it.
 """
 
@@ -16,7 +16,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def bind(address: str, port: int) -> socket.socket:
-    """A listening socket on this address alone; on all, where the address is not one of this machine's own (NAT)."""
+    """A listening socket on this address only; on all addresses, if it is not one of this machine's own (NAT)."""
     try:
         return socket.create_server((address, port))
     except OSError as error:
@@ -26,7 +26,7 @@ def bind(address: str, port: int) -> socket.socket:
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """Holds the store that the workers of one launch meet in, on a free port of 127.0.0.1."""
+    """Holds the store in which the workers of one launch meet, on a free port of 127.0.0.1."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -43,7 +43,7 @@ class LoopbackRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Workers join this store, and open none of their own."""
+        """Workers join this store instead of opening one."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:

@@ -1,31 +1,34 @@
-"""How runs stand: state, step, loss, speed, time left, restarts, last checkpoint, and where the logs lie.
+"""Shows the state of runs: step, loss, speed, time left, restarts, last checkpoint, and where the logs are.
 
-    python -m launch.status runs/try1               # one run, in full
-    python -m launch.status runs/*                  # a table
+    mova status runs/try1               # one run, in full
+    mova status runs/*                  # a table
 
-What status.json says is compared with what lives: the lock that a training process holds, and SLURM's queue. A run that
-calls itself running while nothing runs is told as "dead". Exit status 1 when a folder is no run.
+The content of status.json is compared with the actual processes: the lock that a training process holds, and SLURM's
+queue. A run that is "running" according to status.json without any process is shown as "dead". Exit status 1 if a
+folder is not a run.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from core.errors import RunError
+from core.jsonl import read_lines, records_in
+from core.program import Command, refuse_options
+from core.run_dir import RunDir
+from core.terminal import clock
 from launch.attempts import Attempts
-from launch.slurm import queued
-from train.errors import RunError
-from train.run_dir import RunDir
+from launch.slurm.slurm import queued
 
-SILENT = 600.0  # seconds without a metric after which a run that lives is told as silent
+SILENT = 600.0  # seconds without a metric after which a live run is shown as silent
 RECENT = 50  # steps that speed is averaged over
 TAIL = 1 << 16  # bytes of metrics.jsonl that are read
 WORKING = ("starting", "running")
@@ -33,7 +36,7 @@ WORKING = ("starting", "running")
 
 @dataclass(frozen=True)
 class Standing:
-    """What is known of a run. nan or None: not known."""
+    """What is known about a run. nan or None: unknown."""
 
     run: RunDir
     state: str
@@ -50,15 +53,15 @@ class Standing:
 
     @property
     def left(self) -> float:
-        """Seconds to the end at the speed of late."""
+        """Seconds to the end at the recent speed."""
         return (self.steps - self.step) * self.step_seconds if self.steps is not None else math.nan
 
 
 def standing(run: RunDir) -> Standing:
-    """Look at one run. RunError when the folder is none."""
+    """Examine one run. RunError if the folder is not a run."""
     if not run.config.exists():
-        raise RunError(f"{run.root} is no run: it holds no config.yaml")
-    steps = yaml.safe_load(run.config.read_text()).get("steps")
+        raise RunError(f"{run.root} is not a run: it has no config.yaml")
+    steps = run.read_config().get("steps")
     recent = _recent(run)
     attempts = Attempts(run)
     step = max(run.committed_step(), recent[-1]["step"] + 1 if recent else 0)
@@ -77,12 +80,12 @@ def standing(run: RunDir) -> Standing:
 
 
 def _state(run: RunDir, attempts: Attempts) -> tuple[str, str, list[str]]:
-    """(state, why, jobs in the queue): what status.json says, corrected by what lives."""
+    """(state, reason, jobs in the queue): from status.json, corrected by what is actually running."""
     said = run.read_status()
     state, error = said.get("state"), str(said.get("error", ""))
     jobs = [job for job in attempts.jobs() if job.isdigit()]
     try:
-        waiting = queued(jobs)
+        waiting = queued(jobs, run)
         asked = ""
     except RunError as error_of_queue:
         waiting, asked = {}, str(error_of_queue)
@@ -92,19 +95,21 @@ def _state(run: RunDir, attempts: Attempts) -> tuple[str, str, list[str]]:
         age = time.time() - max(path.stat().st_mtime for path in (run.metrics, run.status) if path.exists())
         note = f"by {alive}"
         if age > SILENT:
-            return "silent", f"{note}; nothing was recorded for {clock(age)}: see logs/stacks-*", numbers
+            return "silent", f"{note}; nothing recorded for {clock(age)}: see logs/stacks-*", numbers
         return "running", note, numbers
     for number, (job_state, reason) in waiting.items():
         if job_state == "RUNNING" and state == "running":
-            return "running", f"by job {number} (its lock is not seen from this machine)", numbers
+            return "running", f"by job {number} (its lock is not visible from this machine)", numbers
         if job_state == "RUNNING":
-            return "starting", f"job {number} runs, the workers do not train yet", numbers
+            return "starting", f"job {number} runs, but the workers do not train yet", numbers
         if job_state == "PENDING":
             before = f", after {state}" if state else ""
             return "queued", f"job {number} waits ({reason}){before}", numbers
         return "ending", f"job {number} is {job_state.lower()}", numbers
+    if state == "waiting":
+        return state, error, numbers
     if state in WORKING:
-        why = f"status.json says {state}, but no process holds the run"
+        why = f"status.json contains {state}, but no process holds the run"
         why += f" and none of its jobs is in the queue ({', '.join(jobs)})" if jobs and not asked else ""
         return "dead", why + (f"; {asked}" if jobs and asked else ""), numbers
     if state is None:
@@ -112,35 +117,25 @@ def _state(run: RunDir, attempts: Attempts) -> tuple[str, str, list[str]]:
     return state, error, numbers
 
 
-def _recent(run: RunDir) -> list[dict]:
+def wandb_trouble(run: RunDir) -> str | None:
+    """A message if W&B is off in the run's newest attempt, or None."""
+    for event in reversed(read_lines(run.root / "events.jsonl")):
+        if event.get("event") == "W&B off":
+            return f"off since step {event['step']}, {event['time']}; the next start sends what it lacks"
+        if event.get("event") == "resumed":
+            break
+    return None
+
+
+def _recent(run: RunDir) -> list[dict[str, Any]]:
     """The last training records."""
     if not run.metrics.exists():
         return []
     with open(run.metrics, "rb") as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - TAIL))
-        lines = file.read().splitlines()
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut off at either end
-        if "train/loss" in record:
-            records.append(record)
-    return records
-
-
-def clock(seconds: float) -> str:
-    """A duration for people: "3 d 4 h", "2 h 05 min", "40 s"; "?" when it is not known."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+        records = records_in(file.read())
+    return [record for record in records if "train/loss" in record]
 
 
 def _cells(one: Standing) -> dict[str, str]:
@@ -160,12 +155,14 @@ def _cells(one: Standing) -> dict[str, str]:
 
 
 def show_one(one: Standing, console: Console) -> None:
-    """All about one run."""
+    """Print everything about one run."""
     table = Table(box=None, show_header=False, pad_edge=False)
     cells = _cells(one)
     rows = {"run": str(one.run.root), "state": cells["state"]}
     if one.note:
         rows["why"] = one.note
+    if (trouble := wandb_trouble(one.run)) is not None:
+        rows["W&B"] = trouble
     rows |= {name: cells[name] for name in ("step", "loss", "a step")}
     if not math.isnan(one.tokens_per_s):
         rows["tokens a second"] = f"{one.tokens_per_s:,.0f}"
@@ -179,7 +176,7 @@ def show_one(one: Standing, console: Console) -> None:
 
 
 def show_many(all_of_them: list[Standing], console: Console) -> None:
-    """One line a run."""
+    """Print one line per run."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for name in ("state", "step", "loss", "a step", "time left", "restarts", "checkpoint"):
@@ -189,23 +186,17 @@ def show_many(all_of_them: list[Standing], console: Console) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def main(arguments: list[str]) -> int:
-    """The program."""
-    if not arguments or any(argument.startswith("-") for argument in arguments):
-        print(__doc__.strip())
-        return 0 if {"-h", "--help"} & set(arguments) else 1
-    try:
-        found = [standing(RunDir(Path(argument))) for argument in arguments]
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _main(arguments: list[str]) -> None:
+    refuse_options("mova status", arguments, least=1)
+    found = [standing(RunDir(Path(argument))) for argument in arguments]
     console = Console(width=None if sys.stdout.isatty() else 200)
     if len(found) == 1:
         show_one(found[0], console)
     else:
         show_many(found, console)
-    return 0
 
+
+PROGRAM = Command("status", __doc__, _main)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    PROGRAM.start()

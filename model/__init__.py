@@ -1,1 +1,2 @@
-"""The joint video-audio transformer and its mathematics: plain torch, knows no mesh, no config file, no trainer."""
+"""The joint video-audio transformer and its mathematics: plain torch, independent of meshes, config files and the
+trainer."""

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from model.attention import Attention
+from model.fused import add_gated, modulate
 from model.rope import Rotary
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then ·(1 + scale) + shift. x [B, L, d]; shift and scale broadcast to it."""
-    return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -35,6 +30,6 @@ class Block(nn.Module):
         modulation = (self.modulation + time).to(x.dtype).unsqueeze(2)  # [B, 6, 1, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
         attended = modulate(x, shift_a, scale_a, self.eps)
-        x = x + gate_a * self.self_attn(attended, attended, rotary, rotary)
+        x = add_gated(x, gate_a, self.self_attn(attended, attended, rotary, rotary))
         x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate_m * self.ffn(modulate(x, shift_m, scale_m, self.eps))
+        return add_gated(x, gate_m, self.ffn(modulate(x, shift_m, scale_m, self.eps)))

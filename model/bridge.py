@@ -1,15 +1,19 @@
-"""The Bridge: before a block, both towers look at each other's states from before the Bridge."""
+"""The Bridge: before a block, each tower attends to the other's states as they were before the Bridge."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, layer_norm, linear, silu
+from torch.nn.functional import interpolate, linear, silu
 
+from core.ranges import bounded
 from model.attention import Attention, DenseCore
+from model.backends.interface import Backend
+from model.fused import add_gated, modulate
 from model.rope import Rotary
 
 NORM_EPS = 1e-6
@@ -20,21 +24,29 @@ CUSTOM_LAYERS = (0, 2, 4, 6, 8, 12, 16, 20)
 
 @dataclass
 class BridgeConfig:
-    """Which blocks interact, and how. The defaults are those of the released MOVA-360p.
+    """Which blocks of the towers interact, and how. The defaults are those of the released MOVA-360p.
 
-    `audio_fps`: latent steps of sound a second. `clock_bias`: what the biases of q and k start from in the half of a
-    head's channels that turns fastest (0, as in the reference: nothing); above 0, picture and sound of the same time
-    attend to each other from the first step. ValueError for an unknown strategy.
+    head_dim: width of an attention head of the Bridge
+    strategy: which blocks interact: full, shallow_focus, distributed, progressive or custom, as in the reference
+    audio_fps: latent steps of sound per second
+    cross_rope: rotary positions on one clock, so that picture and sound of the same time attend to each other
+    first_frame_bias: on that clock the first latent frame lasts one frame of pixels, the others four each
+    pooled_adaln: the picture, pooled by frame, also modulates the audio side's queries
+    trainable_condition_scale: a learned factor of what the Bridge adds
+    clock_bias: initial value of the biases of q and k in the half of a head's channels that rotates fastest (0, as in
+        the reference: none); above 0, picture and sound of the same time attend to each other from the first step
+
+    ValueError for an unknown strategy.
     """
 
-    head_dim: int = 128
+    head_dim: int = bounded(128, "[2, inf)")
     strategy: str = "full"
-    audio_fps: float = 50.0
+    audio_fps: float = bounded(50.0, "(0, inf)")
     cross_rope: bool = True
     first_frame_bias: bool = False
     pooled_adaln: bool = False
     trainable_condition_scale: bool = False
-    clock_bias: float = 0.0
+    clock_bias: float = bounded(0.0, "[0, inf)")
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -67,18 +79,19 @@ class FrameCore(Protocol):
 
 
 class DenseFrameCore:
-    """All tokens of all frames lie here."""
+    """For a process that holds all tokens of all frames."""
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: Backend | None = None) -> None:
         self.core = DenseCore(backend)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
         k, v = (x.unflatten(1, (frames, -1)).flatten(0, 1) for x in (k, v))  # [B·T, S, H, D]
-        return self.core(q.expand(k.shape[0], -1, -1, -1), k, v).unflatten(0, (-1, frames)).squeeze(2)
+        out: Tensor = self.core(q.expand(k.shape[0], -1, -1, -1), k, v).unflatten(0, (-1, frames)).squeeze(2)
+        return out
 
 
 class ProbeAttention(nn.Module):
-    """torch's MultiheadAttention by its parameter names, asked by one query a frame."""
+    """Has the parameter names of torch's MultiheadAttention; one query per frame."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -98,7 +111,8 @@ class ProbeAttention(nn.Module):
             linear(x, w, b).unflatten(-1, (self.num_heads, -1))
             for x, w, b in zip((probe, tokens, tokens), weights, biases, strict=True)
         )
-        return self.out_proj(self.core(q, k, v, frames).flatten(2))
+        out: Tensor = self.out_proj(self.core(q, k, v, frames).flatten(2))
+        return out
 
 
 class FramePooling(nn.Module):
@@ -112,11 +126,12 @@ class FramePooling(nn.Module):
 
     def forward(self, tokens: Tensor, frames: int) -> Tensor:
         """tokens [B, L, d] -> [B, frames, d]."""
-        return self.layernorm(self.attention(self.probe, tokens, frames))
+        out: Tensor = self.layernorm(self.attention(self.probe, tokens, frames))
+        return out
 
 
 class PooledScaleShift(nn.Module):
-    """(scale, shift) of the asking tower, step by step, from what was pooled of the other."""
+    """(scale, shift) of the querying tower, step by step, from the pooled states of the other."""
 
     def __init__(self, kv_dim: int, dim: int) -> None:
         super().__init__()
@@ -125,11 +140,25 @@ class PooledScaleShift(nn.Module):
     def forward(self, x: Tensor, pooled: Tensor) -> Tensor:
         """x [B, L, d], pooled [B, L, kv_dim] -> LN(x)·(1 + scale) + shift."""
         scale, shift = self.linear(silu(pooled)).chunk(2, dim=-1)
-        return layer_norm(x, x.shape[-1:], eps=ADALN_EPS) * (1 + scale) + shift
+        return modulate(x, shift, scale, ADALN_EPS)
+
+
+def resample(steps: Tensor, count: int) -> Tensor:
+    """[B, T, d] -> [B, count, d], linearly in time (torch's interpolate, align_corners=False).
+
+    A product with the matrix of that map: interpolate's own backward on CUDA adds up in any order.
+    """
+    if steps.shape[1] == count:
+        return steps
+    wide = torch.promote_types(steps.dtype, torch.float32)
+    unit = torch.eye(steps.shape[1], dtype=wide, device=steps.device)
+    weights = interpolate(unit[None], size=count, mode="linear", align_corners=False)[0]  # [T, count]
+    return (weights.T @ steps.to(wide)).to(steps.dtype)
 
 
 class Conditioner(nn.Module):
-    """One direction at one block: x asks (un-normed, unless pooled AdaLN), LN(y) answers. Returns what is added to x.
+    """One direction at one block: x gives queries (un-normed, unless pooled AdaLN), LN(y) keys and values. Returns the
+    addition to x.
 
     Reference: ConditionalCrossAttentionBlock (MOVA, interactionv2).
     """
@@ -144,11 +173,9 @@ class Conditioner(nn.Module):
     def forward(self, x: Tensor, y: Tensor, rotary_x: Rotary | None, rotary_y: Rotary | None, frames: int) -> Tensor:
         """x [B, L, dim], y [B, Ly, kv_dim]; `frames` of y for pooled AdaLN. Returns [B, L, dim]."""
         if self.per_frame_pooling is not None and self.adaln is not None:
-            pooled = self.per_frame_pooling(y, frames).transpose(1, 2)  # [B, kv_dim, T]
-            if pooled.shape[-1] != x.shape[1]:
-                pooled = interpolate(pooled, size=x.shape[1], mode="linear", align_corners=False)
-            x = self.adaln(x, pooled.transpose(1, 2))
-        return self.inner(x, self.y_norm(y), rotary_x, rotary_y)
+            x = self.adaln(x, resample(self.per_frame_pooling(y, frames), x.shape[1]))
+        out: Tensor = self.inner(x, self.y_norm(y), rotary_x, rotary_y)
+        return out
 
 
 class Bridge(nn.Module):
@@ -186,8 +213,8 @@ class Bridge(nn.Module):
         """
         to_video = self.audio_to_video_conditioners[str(layer)](video, audio, rotary_video, rotary_audio, frames)
         to_audio = self.video_to_audio_conditioners[str(layer)](audio, video, rotary_audio, rotary_video, frames)
-        for factor in (self.condition_scale, scale):
-            if factor is not None:
-                factor = factor.to(to_video.dtype).view(-1, 1, 1)
-                to_video, to_audio = to_video * factor, to_audio * factor
-        return video + to_video, audio + to_audio
+        factors = [factor.view(-1, 1, 1) for factor in (self.condition_scale, scale) if factor is not None]
+        if not factors:
+            return video + to_video, audio + to_audio
+        factor = math.prod(factors[1:], start=factors[0]).to(video.dtype)  # [B, 1, 1]
+        return add_gated(video, factor, to_video), add_gated(audio, factor, to_audio)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from core.ranges import bounded
 from model.attention import Attention, DenseCore
+from model.backends.interface import Backend
 from model.bridge import Bridge, BridgeConfig, DenseFrameCore, ProbeAttention
 from model.rope import bridge_rotary
 from model.tower import Tower, TowerConfig, patchify, unpatchify, velocity_patches
@@ -26,12 +28,14 @@ LEAST_NOISE = 0.05  # a noise level below it is taken as this one where a veloci
 
 @dataclass
 class JointConfig:
-    """Sizes of the whole model. `two_experts` adds the expert for low noise beside that for high noise.
+    """Sizes and switches of the network.
 
-    `text_length`: rows that a caption is zero-padded to; all of them are attended, as in the reference.
-    `prediction`: what the heads predict: "velocity", as in the reference, or "sample": the clean latents, which a
-    narrow network can hold where it could not hold all of the noise (arXiv 2511.13720). The model's outputs are
-    velocities in both cases.
+    two_experts: a second video expert, for low noise, beside the one for high noise
+    text_length: rows that a caption is zero-padded to; all of them are attended, as in the reference
+    prediction: what the heads predict: "velocity", as in the reference, or "sample": the clean latents, which a narrow
+        network can hold where it could not hold all of the noise (arXiv 2511.13720); the outputs are velocities either
+    way
+
     ValueError when audio is deeper than video (the reference silently skips the blocks in excess) or video is not.
     """
 
@@ -39,7 +43,7 @@ class JointConfig:
     audio: TowerConfig
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     two_experts: bool = True
-    text_length: int = 512
+    text_length: int = bounded(512, "[1, inf)")
     prediction: str = "velocity"
 
     def __post_init__(self) -> None:
@@ -65,7 +69,7 @@ class JointConfig:
 
 @dataclass
 class Velocities:
-    """What the network says: video [B, 16, T, H, W] and audio [B, C, La] velocities (noise minus clean), or None.
+    """The network's output: video [B, 16, T, H, W] and audio [B, C, La] velocities (noise minus clean), or None.
 
     With `as_patches` video is [B, L, prod(patch)·16] instead, for this rank's L tokens (see `tower.velocity_patches`).
     """
@@ -84,7 +88,7 @@ class JointTransformer(nn.Module):
         self.video_dit_2 = Tower(config.video) if config.two_experts else None
         self.audio_dit = Tower(config.audio)
         self.dual_tower_bridge = Bridge(config.bridge, config.video.dim, config.audio.dim, config.audio.num_layers)
-        # The one place where video tokens can be sharded: from the number of tokens to those that this rank takes.
+        # The one place where video tokens are sharded: maps the number of tokens to the slice of this rank.
         self.token_range: Callable[[int], slice] = _all_tokens
 
     def expert(self, name: str) -> Tower:
@@ -94,8 +98,8 @@ class JointTransformer(nn.Module):
             raise ValueError(f"expert {name!r} does not exist; this model has {', '.join(self.config.experts)}")
         return tower
 
-    def use_attention(self, backend: str) -> None:
-        """Take this attention backend (see `model.attention`) in every attention."""
+    def use_attention(self, backend: Backend) -> None:
+        """Use this backend in every attention."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.core = DenseCore(backend)
@@ -122,16 +126,13 @@ class JointTransformer(nn.Module):
         video [B, 16, T, H, W] with condition [B, 20, T, H, W] (4 mask channels, 16 of the first frame's latents) and
         t_video [B] in 0..1000; audio [B, C, La] with t_audio [B]; text [B, Lt, D] for both towers unless text_audio
         is given; bridge_scale [B] multiplies what the Bridge adds. `video` or `audio` may be None: its tower and the
-        Bridge then do not run. Outputs are at least float32. `as_patches`: leave the video's velocities as patches of
-        the tokens that this rank has; with sharded tokens there is no other way (RuntimeError).
+        Bridge then do not run. Outputs: float32 at least. `as_patches`: the video's as patches of this rank's tokens.
         """
-        if video is None and audio is None:
-            raise ValueError("both video and audio are None: there is nothing to do")
+        _check_given(video, audio, condition, t_video, t_audio)
         tower, sound = self.expert(expert), self.audio_dit
 
         if video is not None:
-            if condition is None or t_video is None:
-                raise ValueError("video needs condition and t_video")
+            assert condition is not None and t_video is not None
             grid = tower.token_grid(video)  # (frames, rows, columns) in tokens
             mine = self.token_range(math.prod(grid))
             if not as_patches and mine != _all_tokens(math.prod(grid)):
@@ -142,8 +143,7 @@ class JointTransformer(nn.Module):
             context = tower.embed_text(text)
             rotary = tower.rotary(grid, video.device).rows(mine)
         if audio is not None:
-            if t_audio is None:
-                raise ValueError("audio needs t_audio")
+            assert t_audio is not None
             grid_a = sound.token_grid(audio)
             a = sound.embed(patchify(audio, sound.config.patch_size))  # [B, La, da]
             vector_a, time_a = sound.embed_time(t_audio)
@@ -156,6 +156,7 @@ class JointTransformer(nn.Module):
             bridge_v, bridge_a = bridge_rotary(
                 grid, grid_a[0], bridge.config.head_dim, fps, bridge.config.audio_fps,
                 bridge.config.first_frame_bias, x.device,
+                (self.config.video.patch_size[0], self.config.audio.patch_size[0]),
             )  # fmt: skip
             bridge_v = bridge_v.rows(mine)
 
@@ -182,6 +183,22 @@ class JointTransformer(nn.Module):
                 assert t_audio is not None
                 out.audio = _velocity(audio, out.audio, t_audio)
         return out
+
+
+def _check_given(
+    video: Tensor | None,
+    audio: Tensor | None,
+    condition: Tensor | None,
+    t_video: Tensor | None,
+    t_audio: Tensor | None,
+) -> None:
+    """ValueError where a forward lacks something that it needs."""
+    if video is None and audio is None:
+        raise ValueError("both video and audio are None: there is nothing to do")
+    if video is not None and (condition is None or t_video is None):
+        raise ValueError("video needs condition and t_video")
+    if audio is not None and t_audio is None:
+        raise ValueError("audio needs t_audio")
 
 
 def _velocity(noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:

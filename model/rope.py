@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from model.fused import turn_pairs
+
 THETA = 10000.0
 VIDEO_STRIDE = 4  # pixel frames a latent frame, after the first, which stands alone
 # The legacy "oobleck" audio tower counts position in seconds of a 44.1 kHz, hop 2048 codec, scaled by 4.
@@ -29,15 +31,7 @@ class Rotary:
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by position; computed in at least float32, returned in x's dtype."""
-        turned = 2 * self.cos.shape[-1]
-        head, rest = x[..., :turned], x[..., turned:]
-        head = head.to(torch.promote_types(x.dtype, self.cos.dtype))
-        cos, sin = self.cos[None, :, None, :], self.sin[None, :, None, :]  # [1, L, 1, R/2]
-        a, b = head.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else head.chunk(2, dim=-1)
-        first, second = a * cos - b * sin, a * sin + b * cos
-        head = torch.stack((first, second), -1).flatten(-2) if self.interleaved else torch.cat((first, second), -1)
-        head = head.to(x.dtype)
-        return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+        return turn_pairs(x, self.cos, self.sin, self.interleaved)
 
     def rows(self, part: slice) -> Rotary:
         """The rows of some of the positions."""
@@ -79,19 +73,22 @@ def bridge_rotary(
     audio_fps: float,
     first_frame_bias: bool,
     device: torch.device,
+    patches: tuple[int, int] = (1, 1),
 ) -> tuple[Rotary, Rotary]:
-    """Bridge tables on a common clock of audio steps: (video, one row a token of `grid`; audio, one row a step).
+    """Bridge tables on a common clock of audio steps: (video, one row per token of `grid`; audio, one row for each of
+    `steps` tokens).
 
-    All tokens of a frame share its position. Video frame i stands at i·audio_fps·4/fps; with first_frame_bias frame 0
-    lasts one pixel frame only, so frame i >= 1 stands at audio_fps·(1 + 4(i-1))/fps.
+    All tokens of a frame share its position. Latent frame i is at i·audio_fps·4/fps; with first_frame_bias frame 0
+    lasts one pixel frame only, so frame i >= 1 is at audio_fps·(1 + 4(i-1))/fps. `patches`: latent frames, and
+    latent steps of sound, that one token holds; its position is that of the first one.
     """
     frames, rows, columns = grid
-    frame = torch.arange(frames, dtype=torch.float64).repeat_interleave(rows * columns)
+    frame = patches[0] * torch.arange(frames, dtype=torch.float64).repeat_interleave(rows * columns)
     pixel_frame = VIDEO_STRIDE * frame
     if first_frame_bias:
         pixel_frame = (pixel_frame - (VIDEO_STRIDE - 1)).clamp(min=0.0)
     video = pixel_frame[:, None] * (audio_fps / fps) * _frequencies(head_dim)
-    audio = torch.arange(steps, dtype=torch.float64)[:, None] * _frequencies(head_dim)
+    audio = patches[1] * torch.arange(steps, dtype=torch.float64)[:, None] * _frequencies(head_dim)
     return _table(video, False, device), _table(audio, False, device)
 
 
@@ -109,5 +106,8 @@ def _frequencies(width: int) -> Tensor:
 
 
 def _table(angles: Tensor, interleaved: bool, device: torch.device) -> Rotary:
-    cos, sin = (f(angles).to(torch.float32).to(device) for f in (torch.cos, torch.sin))
+    tables = [f(angles).to(torch.float32) for f in (torch.cos, torch.sin)]
+    if device.type == "cuda":  # from page-locked memory: a copy from any other makes the host wait for the device
+        tables = [table.pin_memory() for table in tables]
+    cos, sin = (table.to(device, non_blocking=True) for table in tables)
     return Rotary(cos, sin, interleaved)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from model.block import Block, modulate
+from core.ranges import bounded, within
+from model.block import Block
+from model.fused import modulate
 from model.rope import Rotary, audio_rotary, split_head, video_rotary
 
 MAX_PERIOD = 10000.0
@@ -22,20 +24,31 @@ ROPE_FORMS = ("video", "dac", "oobleck")
 class TowerConfig:
     """Sizes of one tower. The released values: facts of MOVA-360p (two video experts, one audio tower).
 
-    `patch_size` has three entries (frame, row, column) for video and one for audio; `rope` is "video", "dac" or
-    "oobleck" (the legacy audio form). ValueError when the sizes do not fit each other.
+    dim: width of a token
+    num_heads: attention heads; they divide `dim`
+    num_layers: blocks
+    ffn_dim: width of the feed-forward layer
+    in_dim: channels of a latent position as given; video: 16 noisy, 20 of the condition
+    out_dim: channels of a latent position as predicted
+    text_dim: width of the encoded caption
+    freq_dim: width of the timestep's sinusoids
+    eps: of the normalization layers
+    patch_size: latent positions that become one token: frame, row, column for video, one number for audio
+    rope: positions of the rotary embedding: "video", "dac" or "oobleck" (the legacy audio form)
+
+    ValueError when the sizes do not fit each other.
     """
 
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
-    in_dim: int
-    out_dim: int
-    text_dim: int
-    freq_dim: int = 256
-    eps: float = 1e-6
-    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    dim: int = field(metadata=within("[1, inf)"))
+    num_heads: int = field(metadata=within("[1, inf)"))
+    num_layers: int = field(metadata=within("[1, inf)"))
+    ffn_dim: int = field(metadata=within("[1, inf)"))
+    in_dim: int = field(metadata=within("[1, inf)"))
+    out_dim: int = field(metadata=within("[1, inf)"))
+    text_dim: int = field(metadata=within("[1, inf)"))
+    freq_dim: int = bounded(256, "[2, inf)")
+    eps: float = bounded(1e-6, "(0, inf)")
+    patch_size: list[int] = bounded([1, 2, 2], "[1, inf)")
     rope: str = "video"
 
     def __post_init__(self) -> None:
@@ -76,7 +89,7 @@ class PatchEmbedding3d(nn.Conv3d):
 
 
 class PatchEmbedding1d(nn.Conv1d):
-    """Audio stem; as the video one."""
+    """Audio stem; works as the video one."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
@@ -89,7 +102,8 @@ class TextEmbedding(nn.Sequential):
         super().__init__(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(next(self.parameters()).dtype))
+        out: Tensor = super().forward(x.to(next(self.parameters()).dtype))  # type: ignore[no-untyped-call]
+        return out
 
 
 class Head(nn.Module):
@@ -106,13 +120,14 @@ class Head(nn.Module):
         # The reference adds the time vector as [B, d], which mixes the samples of a batch; it needs its own axis.
         modulation = (self.modulation + time[:, None]).to(x.dtype).unsqueeze(2)  # [B, 2, 1, d]
         shift, scale = modulation.unbind(1)
-        return self.head(modulate(x, shift, scale, self.eps))
+        out: Tensor = self.head(modulate(x, shift, scale, self.eps))
+        return out
 
 
 class Tower(nn.Module):
     """Diffusion transformer over the tokens of one modality.
 
-    The joint model drives it piece by piece, since towers and Bridge interleave block by block:
+    The joint model calls its pieces one by one, since towers and Bridge interleave block by block:
     `embed` -> `blocks[i]` ... -> `project`. Parameter names are the reference's (WanModel, WanAudioModel).
     """
 
@@ -134,11 +149,13 @@ class Tower(nn.Module):
 
     def embed(self, patches: Tensor) -> Tensor:
         """Patches [B, L, in_dim·prod(patch)] of any part of the tokens -> tokens [B, L, d]."""
-        return self.patch_embedding(patches)
+        out: Tensor = self.patch_embedding(patches)
+        return out
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Text states [B, Lt, text_dim] -> [B, Lt, d]. Padding rows are embedded and attended like the rest."""
-        return self.text_embedding(text)
+        out: Tensor = self.text_embedding(text)
+        return out
 
     def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps t [B] in 0..1000 -> (time vector [B, d], block modulation [B, 6, d]), at least float32."""
@@ -148,7 +165,8 @@ class Tower(nn.Module):
     def project(self, x: Tensor, time: Tensor) -> Tensor:
         """Tokens [B, L, d], time vector [B, d] -> velocity patches [B, L, prod(patch)·out_dim], at least float32."""
         patches = self.head(x, time)
-        return patches.to(torch.promote_types(patches.dtype, torch.float32))
+        out: Tensor = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        return out
 
     def token_grid(self, latents: Tensor) -> tuple[int, ...]:
         """Tokens per axis for latents [B, C, *axes]. ValueError when an axis is not a multiple of its patch."""
@@ -158,7 +176,7 @@ class Tower(nn.Module):
         return tuple(n // p for n, p in zip(axes, self.config.patch_size, strict=True))
 
     def rotary(self, grid: tuple[int, ...], device: torch.device) -> Rotary:
-        """The tower's position table for a token grid, one row a token (cached)."""
+        """The tower's position table for a token grid, one row per token (cached)."""
         if self.config.rope == "video":
             frames, rows, columns = grid
             return video_rotary((frames, rows, columns), self.config.head_dim, device)
@@ -174,7 +192,7 @@ def sinusoid(t: Tensor, freq_dim: int) -> Tensor:
 
 
 def patchify(latents: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """What the stem reads: [B, C, *axes] -> [B, L, C·prod(patch)], channels ordered (C, patch axes...).
+    """The input of the stem: [B, C, *axes] -> [B, L, C·prod(patch)], channels ordered (C, patch axes...).
 
     Tokens run over frame, then row, then column.
     """
@@ -182,7 +200,7 @@ def patchify(latents: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 
 def velocity_patches(velocity: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """What the head writes: [B, C, *axes] -> [B, L, prod(patch)·C], channels ordered (patch axes..., C)."""
+    """The output layout of the head: [B, C, *axes] -> [B, L, prod(patch)·C], channels ordered (patch axes..., C)."""
     return _split(velocity, patch_size, channels_last=True)
 
 
@@ -191,7 +209,10 @@ def unpatchify(patches: Tensor, grid: tuple[int, ...], patch_size: Sequence[int]
     axes = len(grid)
     x = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)  # [B, *grid, *patch, C]
     order = [0, 1 + 2 * axes] + [k for i in range(axes) for k in (1 + i, 1 + axes + i)]
-    return x.permute(order).reshape(x.shape[0], x.shape[-1], *(n * p for n, p in zip(grid, patch_size, strict=True)))
+    out: Tensor = x.permute(order).reshape(
+        x.shape[0], x.shape[-1], *(n * p for n, p in zip(grid, patch_size, strict=True))
+    )
+    return out
 
 
 def _split(x: Tensor, patch_size: Sequence[int], channels_last: bool) -> Tensor:

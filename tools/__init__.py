@@ -1,1 +1,1 @@
-"""Programs beside training."""
+"""Programs besides training."""

@@ -1,31 +1,30 @@
 """Draws the losses of a run, from its metrics.jsonl.
 
-    python -m tools.curves run=runs/try1 output=losses.png
+    mova curves run=runs/try1 output=losses.png
 
 One panel for video and one for audio: the training loss of each expert (faint: every step, line: smoothed), and the
-validation loss at fixed noise. A dashed line stands where the run was stopped and resumed.
+validation loss at fixed noise. A dashed line marks where the run was stopped and resumed.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import hydra
 import yaml
-from hydra.core.config_store import ConfigStore
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
+
+from core.compose import Schema
+from core.errors import UserError
+from core.jsonl import read_lines
+from core.program import Call, Program
 
 INK, QUIET, PAPER = "#23262b", "#8a9099", "#fcfcfa"
 COLOURS = {"high": "#d1495b", "low": "#2e7da6"}  # of the experts
@@ -33,13 +32,17 @@ NAMES = {"high": "high-noise expert", "low": "low-noise expert"}
 SMOOTHING = 0.06  # of the number of points: the width of the window of the smoothed line
 
 
-class CurvesError(Exception):
-    """A run whose losses can't be drawn; the message says why and what to do."""
+class CurvesError(UserError):
+    """A run whose losses cannot be drawn; the message tells why and what to do."""
 
 
 @dataclass
 class CurvesConfig:
-    """conf/curves.yaml. `run`: a run directory; `output`: the picture, .png, .svg or .pdf."""
+    """The run, and the file of the picture.
+
+    run: a run directory; `run=` may be omitted for the first argument
+    output: the picture, .png, .svg or .pdf
+    """
 
     run: str = MISSING
     output: str = MISSING
@@ -63,17 +66,13 @@ class Curves:
 def read_curves(run: Path) -> Curves:
     """The losses of the run directory `run`. CurvesError when it has none.
 
-    Losses that were not finite (null in the file) and a line that a dying run left half are passed over.
+    Non-finite losses (null in the file) and a truncated line are skipped.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise CurvesError(f"{path} does not exist; give the directory of a run that has trained, run=runs/ID")
     curves = Curves()
-    for line in path.read_text().splitlines():
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
+    for record in read_lines(path):
         for key, value in record.items():
             kind, _, name = key.partition("/")
             if value is not None and kind == "valid":
@@ -82,7 +81,7 @@ def read_curves(run: Path) -> Curves:
                 experts = curves.train.setdefault(key.removeprefix("train/loss_"), {})
                 experts.setdefault(record["train/expert"], []).append((record["step"], value))
     if not curves.train:
-        raise CurvesError(f"{path} holds no training step yet")
+        raise CurvesError(f"{path} has no training step yet")
     curves.resumed = _stops(run, curves.last_step)
     return curves
 
@@ -114,7 +113,7 @@ def draw(curves: Curves, title: str) -> Figure:
 
 
 def save(figure: Figure, output: Path) -> None:
-    """Write the picture whole or not at all. CurvesError for a file format that matplotlib does not know."""
+    """Write the picture atomically. CurvesError for a file format that matplotlib does not know."""
     known = figure.canvas.get_supported_filetypes()
     if output.suffix.lstrip(".") not in known:
         raise CurvesError(f"output={output}: its name must end in .png, .svg or .pdf")
@@ -159,12 +158,11 @@ def _draw_validation(axes: Axes, curve: list[tuple[int, float]]) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving mean; the window shrinks at both ends, so that no point is drawn where none was measured."""
+    """Moving mean; at both ends the window is cut off at the first and last value, so that no end is a single value."""
     half = max(1, round(SMOOTHING * len(values)))
     smoothed = []
     for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        window = values[i - reach : i + reach + 1]
+        window = values[max(0, i - half) : i + half + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed
 
@@ -179,28 +177,13 @@ def _stops(run: Path, last_step: int) -> list[int]:
     return sorted(step for step in steps if 0 < step <= last_step - 1 and (every < 1 or step % every))
 
 
-def main() -> None:
-    """The program: reads the command line, prints errors without a traceback."""
-    ConfigStore.instance().store(name="curves_schema", node=CurvesConfig)
-    _run()
+def _run(call: Call[CurvesConfig]) -> None:
+    run, output = Path(call.config.run), Path(call.config.output)
+    save(draw(read_curves(run), run.name), output)
+    print(output)
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="curves")
-def _run(config: DictConfig) -> None:
-    try:
-        typed = OmegaConf.to_object(config)
-        assert isinstance(typed, CurvesConfig)
-        run, output = Path(typed.run), Path(typed.output)
-        save(draw(read_curves(run), run.name), output)
-        print(output)
-    except OmegaConfBaseException:
-        print("error: run and output must be given: python -m tools.curves run=runs/ID output=FILE.png",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(1)
-    except (CurvesError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
+PROGRAM = Program("curves", __doc__, _run, schema=Schema("curves", CurvesConfig, ()), first="run")
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.start()

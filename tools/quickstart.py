@@ -1,15 +1,14 @@
-"""Everything once, small: clips -> shards -> a training run that is stopped and resumed -> its curves -> did it learn?
+"""Runs every step once at a small size: clips, shards, a run (stopped and resumed), curves, a clip, a report page.
 
-    make quickstart                  # or: python -m tools.quickstart
+    make quickstart                  # or: mova quickstart
     make quickstart CLIPS=folder     # with your own video files
 
-All lies under ./quickstart: the clips, and for each source of clips a folder with its shards, its runs and its picture.
-What is finished is not made again. Each step is a command of its own, printed as it can be typed.
+All output is in ./quickstart: the clips, and for each source of clips a folder with its shards, runs and picture.
+Finished steps are not repeated. Each step is a separate command, printed so that it can be typed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,44 +16,56 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
+from core.child import arguments, command, environment
+from core.compose import Schema
+from core.errors import UserError
+from core.jsonl import read_lines
+from core.locks import lock_now
+from core.program import Call, Program
+from core.ranges import bounded
+
 console = Console(highlight=False, soft_wrap=True)
-AGAIN = "the same command goes on from there"
-CLEAN = "`make clean-quickstart` clears the way for a new start"
-_lock_fds: list[int] = []  # held by every command as well: a launcher that outlives this process keeps the folder
+AGAIN = "the same command continues from there"
+CLEAN = "`make clean-quickstart` removes everything for a new start"
+LAST_ONLY = 1_000_000  # steps between sampled checkpoints: only the last one is
+_locks: list[IO[Any]] = []  # every command holds them as well: a launcher that outlives this process keeps the folder
 
 
-class QuickstartError(Exception):
+class QuickstartError(UserError):
     """A step that failed, in one line."""
 
 
 @dataclass
 class QuickstartConfig:
-    """conf/quickstart.yaml. `clips`: a folder of video files, "" for synthetic clips (`synthetic` of them).
+    """Sizes of the quickstart.
 
-    `processes` train; the run is stopped once, after `stop_at` steps. `least_fall`: percent by which the validation
-    loss must fall, checked where the clips are synthetic (of one's own clips nobody knows beforehand).
+    clips: a folder of video files; "": synthetic clips (`make quickstart CLIPS=folder` sets it)
+    root: folder of all output
+    synthetic: number of synthetic clips
+    holdout: share of the files that is held out
+    processes: number of training processes
+    stop_at: step after which the run is stopped once
+    least_fall: percent by which the validation loss must fall, checked where the clips are synthetic (of one's own
+        clips
+        it is not known beforehand)
     """
 
-    clips: str = ""
+    clips: str = '${oc.env:CLIPS,""}'
     root: str = "quickstart"
-    synthetic: int = 128
-    holdout: float = 0.2
-    processes: int = 2
-    stop_at: int = 120
-    least_fall: float = 30.0
+    synthetic: int = bounded(128, "[1, inf)")
+    holdout: float = bounded(0.2, "(0, 1)")
+    processes: int = bounded(2, "[1, inf)")
+    stop_at: int = bounded(120, "[1, inf)")
+    least_fall: float = bounded(30.0, "(-inf, 100)")
 
 
 def quickstart(config: QuickstartConfig) -> None:
@@ -63,21 +74,21 @@ def quickstart(config: QuickstartConfig) -> None:
     root = Path(config.root)
     own = bool(config.clips)
     if own and not Path(config.clips).is_dir():
-        raise QuickstartError(f"CLIPS={config.clips} is not a folder; give one that holds video files")
+        raise QuickstartError(f"CLIPS={config.clips} is not a folder; give a folder of video files")
     _lock(root)
     clips = Path(config.clips) if own else root / "clips"
-    place = root / place_name(clips) if own else root / "synthetic"
+    work = root / folder_name(clips) if own else root / "synthetic"
 
     if own:
         _title(1, f"clips: your own, {escape(str(clips))}")
     else:
         _title(1, f"clips: {config.synthetic} of balls and pendulums, each event with its sound")
-        _run("data.synthesize", f"output={_quote(clips)}", f"clips={config.synthetic}")
+        _run("synthesize", {"output": clips, "clips": config.synthetic})
         _made("clips", clips, "mp4 with sound; beside each its events (.json) and its caption (.txt)")
 
     _title(2, "shards: pictures and sound encoded, a fifth of the files held out")
-    shards = place / "shards"
-    _run("data.prepare", f"source={_quote(clips)}", f"output={_quote(shards)}", f"holdout={config.holdout}")
+    shards = work / "shards"
+    _run("prepare", {"source": clips, "output": shards, "holdout": config.holdout})
     train, valid = shards / "train", shards / "valid"
     for part in (train, valid):
         if not (part / "index").is_dir():
@@ -89,57 +100,64 @@ def quickstart(config: QuickstartConfig) -> None:
 
     # The run belongs to these shards: after a change of the clips it is another run, never the old one on new data.
     run_id = "tiny-" + fingerprint(train)[:8]
-    run = place / "runs" / run_id
-    arguments = [
-        f"cluster.processes={config.processes}", "experiment=quickstart", f"run.id={run_id}",
-        f"run.root={_quote(place / 'runs')}", f"data.path={_quote(train)}", f"data.valid_path={_quote(valid)}",
-    ]  # fmt: skip
+    run = work / "runs" / run_id
+    values = {
+        "cluster.processes": config.processes, "experiment": "quickstart", "run.id": run_id,
+        "run.root": work / "runs", "data.path": train, "data.valid_path": valid,
+    }  # fmt: skip
     _title(3, f"training: the tiny model on {config.processes} processes; stopped once, after step {config.stop_at}")
     if last_step(run) + 1 < config.stop_at:
-        _train(arguments, run, stop_after=config.stop_at)
+        _train(values, run, stop_after=config.stop_at)
         if last_step(run) + 1 < config.stop_at:
             raise QuickstartError(f"the run was stopped from outside at step {status(run).get('step')}; {AGAIN}")
         _made("checkpoint", newest_checkpoint(run), f"the run was stopped and saved at step {status(run).get('step')}")
     _title(4, "training: the same command resumes the run")
     if status(run).get("state") == "finished":
-        console.print(f"run {run} is finished already: nothing to do")
+        console.print(f"run {run} has already finished: nothing to do")
     else:
-        _train(arguments, run)
+        _train(values, run)
         if status(run).get("state") != "finished":
             raise QuickstartError(f"the run was stopped from outside at step {status(run).get('step')}; {AGAIN}")
     _made("run", run, "config.yaml, metrics.jsonl, checkpoints/, wandb/ (offline), status.json")
 
     _title(5, "curves")
-    picture = place / "losses.png"
-    _run("tools.curves", f"run={_quote(run)}", f"output={_quote(picture)}")
+    picture = work / "losses.png"
+    _run("curves", {"run": run, "output": picture})
     _made("picture", picture, "training and validation losses")
+
+    _title(6, "a generated clip, from the caption and the first frame of a held-out clip")
+    _run("watch", {"run": run, "every": LAST_ONLY, "clips": 1, "sampler.steps": 25})
+    clip = newest_clip(run)
+    _made("clip", clip, "picture and sound; so small a model shows movement at best, this early in training")
+    _run("report", {"run": run})
+    page = run / "report.html"
+    _made("report", page, "one page about the run that needs no network: curves, speed, the clip with its sound")
 
     before, after = validation_losses(run)
     fall = 100 * (1 - after / before)
-    _title(6, "did it learn?")
+    _title(7, "did it learn?")
     console.print(f"validation loss at fixed noise: {before:.3f} -> {after:.3f}, [bold]{fall:.0f} % lower[/]")
     if not own and fall < config.least_fall:
         raise QuickstartError(
             f"the validation loss fell by {fall:.1f} %, less than the {config.least_fall:g} % that this run always "
             f"reaches; something in this checkout is broken (losses: {run / 'metrics.jsonl'})"
         )
-    console.print(f"done in {_clock(time.monotonic() - begin)}. Look at {picture}")
+    console.print(f"done in {_clock(time.monotonic() - begin)}. Look at [bold]{escape(str(page))}[/] in a browser,")
+    console.print(f"and play [bold]{escape(str(clip))}[/] (losses alone: {escape(str(picture))})")
     console.print(f"`make quickstart` again makes only what is missing; `make clean-quickstart` deletes {root}")
 
 
 def _lock(root: Path) -> None:
-    """Keep `root` to ourselves: two runs writing one run directory would spoil it."""
+    """Lock `root`: two processes writing one run directory would corrupt it."""
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise QuickstartError(f"another quickstart is at work in {root}; wait for it, or stop it") from None
-    _lock_fds.append(descriptor)
+    file = open(root / ".lock", "a")  # noqa: SIM115  held until this process ends
+    if not lock_now(file):
+        raise QuickstartError(f"another quickstart is running in {root}; wait for it, or stop it")
+    _locks.append(file)
 
 
-def place_name(clips: Path) -> str:
-    """The folder name for one's own clips: readable, and another one for every other folder."""
+def folder_name(clips: Path) -> str:
+    """A folder name for the user's clips: readable, and unique for each of their folders."""
     path = clips.resolve()
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name).strip("-") or "clips"
     return f"own-{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
@@ -152,7 +170,7 @@ def fingerprint(dataset: Path) -> str:
 
 
 def status(run: Path) -> dict[str, object]:
-    """What status.json says; {} where there is none."""
+    """The content of status.json; {} if there is none."""
     try:
         content = json.loads((run / "status.json").read_text())
     except (OSError, ValueError):
@@ -162,12 +180,16 @@ def status(run: Path) -> dict[str, object]:
 
 def last_step(run: Path) -> int:
     """The last training step in metrics.jsonl, -1 where there is none."""
-    return max((int(record["step"]) for record in _metrics(run) if "train/loss" in record), default=-1)
+    return max(
+        (int(record["step"]) for record in read_lines(run / "metrics.jsonl") if "train/loss" in record), default=-1
+    )
 
 
 def validation_losses(run: Path) -> tuple[float, float]:
     """The first and the last validation loss of a run."""
-    losses = [record["valid/loss"] for record in _metrics(run) if record.get("valid/loss") is not None]
+    losses = [
+        record["valid/loss"] for record in read_lines(run / "metrics.jsonl") if record.get("valid/loss") is not None
+    ]
     if len(losses) < 2:
         raise QuickstartError(f"{run / 'metrics.jsonl'} holds no validation loss at the start and at the end")
     return losses[0], losses[-1]
@@ -177,27 +199,23 @@ def newest_checkpoint(run: Path) -> Path:
     """The newest checkpoint's folder."""
     found = sorted((run / "checkpoints").glob("step-*"))
     if not found:
-        raise QuickstartError(f"{run / 'checkpoints'} holds no checkpoint, though the run was stopped and should save")
+        raise QuickstartError(
+            f"{run / 'checkpoints'} holds no checkpoint, although the run was stopped and should have saved one"
+        )
     return found[-1]
 
 
-def _metrics(run: Path) -> list[dict[str, float]]:
-    records = []
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the line that is being written
-            continue
-    return records
+def newest_clip(run: Path) -> Path:
+    """The generated clip of the last checkpoint."""
+    found = sorted((run / "samples").glob("step-*/*.mp4"))
+    if not found:
+        raise QuickstartError(f"{run / 'samples'} holds no clip, although one should have been generated ({CLEAN})")
+    return found[-1]
 
 
-def _train(arguments: Sequence[str], run: Path, stop_after: int | None = None) -> None:
+def _train(values: Mapping[str, Any], run: Path, stop_after: int | None = None) -> None:
     """Run the launcher to its end; after `stop_after` steps it is asked to stop, as a scheduler would."""
-    process = _start("launch", *arguments)
+    process = _start("launch", values)
     try:
         while process.poll() is None:
             time.sleep(0.2)
@@ -212,12 +230,12 @@ def _train(arguments: Sequence[str], run: Path, stop_after: int | None = None) -
         raise
     if code:
         raise QuickstartError(
-            f"training failed: python -m launch ended with exit status {code}; its message is above ({CLEAN})"
+            f"training failed: mova launch ended with exit status {code}; its message is above ({CLEAN})"
         )
 
 
-def _run(module: str, *arguments: str) -> None:
-    process = _start(module, *arguments)
+def _run(program: str, values: Mapping[str, Any]) -> None:
+    process = _start(program, values)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -225,21 +243,14 @@ def _run(module: str, *arguments: str) -> None:
         process.wait()
         raise
     if code:
-        raise QuickstartError(f"python -m {module} ended with exit status {code}; its message is above ({CLEAN})")
+        raise QuickstartError(f"mova {program} ended with exit status {code}; its message is above ({CLEAN})")
 
 
-def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    console.print("$ " + shlex.join(["python", "-m", module, *arguments]), style="dim", markup=False)
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], pass_fds=_lock_fds)
-
-
-def _quote(path: Path) -> str:
-    """A path as a value of a Hydra override; plain where that is safe."""
-    text = str(path)
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", text):
-        return text
-    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
-    return f"'{escaped}'"
+def _start(program: str, values: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    typed = [program, *arguments(values)]
+    console.print("$ " + shlex.join(["mova", *typed]), style="dim", markup=False)
+    files = [file.fileno() for file in _locks]
+    return subprocess.Popen(command("tools.mova", more=typed), env=environment(), pass_fds=files)
 
 
 def _title(number: int, text: str) -> None:
@@ -254,26 +265,22 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
-def main() -> None:
-    """The program: reads the command line, prints errors without a traceback."""
-    ConfigStore.instance().store(name="quickstart_schema", node=QuickstartConfig)
+def _begin() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the command under way ends first
-    _main()
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="quickstart")
-def _main(config: DictConfig) -> None:
-    try:
-        typed = OmegaConf.to_object(config)
-        assert isinstance(typed, QuickstartConfig)
-        quickstart(typed)
-    except (QuickstartError, OmegaConfBaseException, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"interrupted; {AGAIN}", file=sys.stderr)
-        sys.exit(130)
+def _main(call: Call[QuickstartConfig]) -> None:
+    quickstart(call.config)
 
+
+PROGRAM = Program(
+    "quickstart",
+    __doc__,
+    _main,
+    schema=Schema("quickstart", QuickstartConfig, ()),
+    before=_begin,
+    interrupted=f"interrupted; {AGAIN}",
+)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.start()

@@ -1,46 +1,63 @@
-"""The whole configuration of a training run; every part is a dataclass beside the code that reads it."""
+"""The configuration of a training run; every part is a dataclass beside the code that reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
 
+from core.compose import Schema, compose
+from core.errors import RunError
+from core.ranges import bounded, seed_field
+from core.secrets import without_secrets
+from data.batch import MASK_CHANNELS
+from data.clip import AUDIO_CHANNELS, VIDEO_CHANNELS
 from model.joint import JointConfig
-from train.bad_steps import GuardConfig
-from train.checkpoint import CheckpointConfig
-from train.ema import EmaConfig
-from train.errors import RunError
-from train.feed import DataConfig
-from train.inspect import InspectConfig
-from train.mesh import ParallelConfig
-from train.monitor import MonitorConfig
-from train.objective import ObjectiveConfig
-from train.optim import OptimConfig
-from train.validate import ValidationConfig
+from model.tower import TowerConfig
+from train.checkpoint.checkpoint import CheckpointConfig
+from train.data_config import DataConfig
+from train.engine.ema import EmaConfig
+from train.engine.optim import OptimConfig
+from train.faults.config import GuardConfig
+from train.monitor.log import MonitorConfig
+from train.monitor.profiler import ProfilerConfig
+from train.objective.objective import ObjectiveConfig
+from train.objective.validate import ValidationConfig
+from train.parallel.mesh import ParallelConfig
+from train.parallel.parts import idle_experts
+from train.start.config import InitConfig
+from train.start.model import with_model
 
 
 @dataclass
 class RunConfig:
-    """`id` names the run (folder and W&B id; the same id again resumes); `root` holds the runs. `start_from`: folder of
-    another run, or of one checkpoint, whose weights a run takes that has no checkpoint of its own yet."""
+    """The identity of a run.
+
+    id: name of the run: its folder and its id in W&B; starting with the same id resumes the run
+    root: folder that contains the runs
+    new_schedule: let `steps` change on resume although the learning rate then jumps (train/engine/schedule.py)
+    """
 
     id: str = MISSING
     root: str = "runs"
-    start_from: str | None = None
+    new_schedule: bool = False
 
 
 @dataclass
 class TrainConfig:
-    """conf/train.yaml, checked: an unknown key or a wrong type is an error. `steps`: attempted batches in all."""
+    """The config of a training run.
+
+    steps: total number of attempted batches
+    seed: of weights, sample order, noise and dropouts
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
-    steps: int = 1000
-    seed: int = 0
+    steps: int = bounded(1000, "[1, inf)")
+    seed: int = seed_field()
     model: JointConfig = MISSING
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -49,24 +66,54 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    inspect: InspectConfig = field(default_factory=InspectConfig)
+    inspect: ProfilerConfig = field(default_factory=ProfilerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
-def register() -> None:
-    """Make the schema known to Hydra, under the name that conf/train.yaml builds on."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+SCHEMA = Schema("train", TrainConfig)
 
 
-def to_dataclass(config: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
-    """The typed config and its plain form for the run directory. RunError for missing or impossible values."""
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        typed = OmegaConf.to_object(config)
-    except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or "a mandatory key"
-        raise RunError(f"{key} is missing: give it on the command line, {key}=...") from None
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RunError(str(error).splitlines()[0]) from None
-    assert isinstance(typed, TrainConfig) and isinstance(plain, dict)
-    return typed, {str(key): value for key, value in plain.items()}
+def default_values() -> dict[str, Any]:
+    """Every key that has a default, with it, as nested plain values (mandatory keys hold OmegaConf's "???")."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig))
+    model: Any = OmegaConf.to_container(OmegaConf.structured(JointConfig))
+    tower: Any = OmegaConf.to_container(OmegaConf.structured(TowerConfig))
+    return {**plain, "model": {**model, "video": tower, "audio": tower}}
+
+
+def compose_train(
+    overrides: Sequence[str], also: Sequence[str] = (), coming: Mapping[str, JointConfig] | None = None
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The typed config that these key=value arguments describe, and its plain form for the run directory, checkpoints
+    and W&B, in which addresses have no passwords and tokens. `also`: further keys that a typo may have meant; `coming`:
+    models of runs that will be there as sources of weights. UserError for the first argument that is wrong."""
+    composed = compose(SCHEMA, with_model(SCHEMA, overrides, coming), also)
+    typed = composed.typed()
+    check_channels(typed.model)
+    check_trained(typed)
+    return typed, without_secrets(composed.plain())
+
+
+def check_channels(model: JointConfig) -> None:
+    """RunError for a model whose latents have other channels than a dataset's."""
+    video, audio = model.video, model.audio
+    for name, found, wanted in (
+        ("video.in_dim", video.in_dim, 2 * VIDEO_CHANNELS + MASK_CHANNELS),
+        ("video.out_dim", video.out_dim, VIDEO_CHANNELS),
+        ("audio.in_dim", audio.in_dim, AUDIO_CHANNELS),
+        ("audio.out_dim", audio.out_dim, AUDIO_CHANNELS),
+    ):
+        if found != wanted:
+            raise RunError(f"model.{name} is {found}, latents of datasets need {wanted}")
+
+
+def check_trained(config: TrainConfig) -> None:
+    """RunError if `optim.train` names an expert that the model lacks, or leaves nothing to train in an expert's
+    steps."""
+    experts, cycle = config.model.experts, config.objective.expert_cycle
+    idle = idle_experts(config.optim.train, experts)
+    if taken := [expert for expert in idle if expert in cycle and len(experts) > 1]:
+        raise RunError(
+            f"optim.train=[{','.join(config.optim.train)}] leaves nothing to train in steps of the {taken[0]} expert; "
+            f"leave it out of objective.expert_cycle, which is [{','.join(cycle)}]"
+        )

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
-from contextlib import ExitStack, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch.distributed as dist
 
-from data.errors import DataError, ReadError
-from data.stream import Stream
-from train import checkpoint
-from train.bad_steps import Finding, Judge
-from train.checkpoint import TrainState
-from train.config import TrainConfig
-from train.corruption import compare_replicas
-from train.counters import CollectiveCounter
-from train.engine import build_engine
-from train.errors import LINGER, RankError, RunError, exit_status, lost_peer
-from train.feed import describe_data, epoch_samples, largest_workload, open_data, open_dataset, open_stream, start_state
-from train.guard import Flags, StepSignals, StepSums, StopRequest, gather, on_first_rank
-from train.inspect import Inspector
-from train.lag import LagProbe, SlowRank
-from train.mesh import Layout
-from train.meter import Meter
-from train.monitor import Monitor, cut_metrics
-from train.objective import Objective
-from train.optim import lr_factor
-from train.parallelize import compiled_graphs, recomputed_units
-from train.run_dir import RunDir, write_atomically
-from train.saver import Saver
-from train.step import StepLosses, forward_backward
-from train.traffic import layout_rows
-from train.validate import Validator
-from train.watchdog import Watchdog
+from core.errors import (
+    LINGER,
+    NO_ROOM,
+    NoRoomError,
+    RankError,
+    RunError,
+    describe,
+    exit_status,
+    gone,
+    has_trained,
+    lacks_room,
+    lost_peer,
+    restarted,
+)
+from core.run_dir import RunDir
+from data.errors import DataError
+from train.checkpoint import checkpoint
+from train.checkpoint.resume import open_run
+from train.checkpoint.uploads import LAST_SIGNALS
+from train.config import TrainConfig, default_values
+from train.engine.optim import rates
+from train.engine.schedule import lr_factor
+from train.faults.bad_steps import kind_of, report
+from train.faults.ending import CLOSING, end_within
+from train.faults.lead import Lead
+from train.faults.replica_check import compare_replicas
+from train.faults.stop import StopRequest
+from train.faults.straggler import tell
+from train.faults.watchdog import Watchdog
+from train.monitor import wandb_log
+from train.monitor.counters import CollectiveCounter
+from train.monitor.log import was_validated
+from train.objective.noise import Prepared
+from train.parallel.collectives import gather, on_first_rank
+from train.parallel.mesh import Layout
+from train.parallel.parallelize import compiled_graphs
+from train.parallel.step_sums import Flags
+from train.ready import ReadyRun, StoppedInStartUp
+from train.step import Details, StepUnderWay, forward_backward
 
 logger = logging.getLogger(__name__)
 
@@ -46,260 +56,308 @@ def run(config: TrainConfig, resolved: dict[str, Any], layout: Layout, stop: Sto
     """Train until `config.steps` or a stop request; start where the run directory's newest checkpoint ended.
 
     `resolved`: the plain form of config, for the run directory; `stop`: made early by the program. Returns "finished"
-    or "stopped". Raises RunError and DataError with one clear message; status.json says how the run ended.
+    or "stopped". Raises RunError and DataError with one clear message; status.json tells how the run ended.
     """
     run_dir = RunDir.of(config.run.root, config.run.id)
     first = layout.first
     lock = None
+    has_trained(False)
 
     def enter() -> None:
         nonlocal lock
+        if restarted() and not run_dir.config.exists():
+            raise NoRoomError(f"{run_dir.root} existed before and is gone: moved, or its file system not mounted")
         lock = run_dir.lock()
-        run_dir.open(resolved)
-        run_dir.write_status("running")
+        try:
+            open_run(run_dir, resolved, default_values())
+            run_dir.write_status("running")
+        except BaseException:
+            lock.close()  # a caller that continues, as a notebook does, may start the run again
+            raise
 
     on_first_rank(enter)
+    watchdog = Watchdog(run_dir, config.guard, dist.get_rank())
+    bounded_end = ExitStack()
     try:
-        ending, step = _train(config, resolved, layout, run_dir, stop or StopRequest(), first)
+        with ExitStack() as stack:
+            training = Training(config, resolved, layout, run_dir, stop or StopRequest(), watchdog, stack)
+            ending, step = training.run(), training.state.step
+
+            def last_words() -> None:
+                if first:
+                    run_dir.write_status(ending, step=step)
+
+            bounded_end.enter_context(end_within(_closing(config), last_words))
+    except StoppedInStartUp:
+        if first:
+            run_dir.write_status("stopped", step=run_dir.committed_step())
+        return "stopped"
     except BaseException as error:
         _record_failure(error, run_dir, first)
         raise
     finally:
-        if lock is not None:
-            lock.close()
-    if first:
-        run_dir.write_status(ending, step=step)
+        with bounded_end:
+            watchdog.close()
+            if lock is not None:
+                lock.close()
+    last_words()
     return ending
 
 
-def _train(
-    config: TrainConfig, resolved: dict[str, Any], layout: Layout, run_dir: RunDir, stop: StopRequest, first: bool
-) -> tuple[str, int]:
-    if first:
-        stop.watch(run_dir.stop_file)
-    objective = Objective(config.objective, config.model.experts)
-    data = open_data(config.data, config.model.video.text_dim)
-    workload = largest_workload(data, config.data, layout)
-    engine = build_engine(config.model, config.parallel, config.optim, layout, config.seed, workload, config.ema.decay)
-    model = engine.model
-    if config.guard.skip_spikes:
-        engine.limit_norm(math.inf)
-    state = TrainState(engine, start_state(data, config.data, config.seed))
+class Training(ReadyRun):
+    """The steps of a run. All ranks call the same methods."""
 
-    found = checkpoint.newest(run_dir.checkpoints)
-    if found is not None:
-        checkpoint.load(state, found, resolved)
-    elif config.run.start_from is not None:
-        started_from = checkpoint.load_weights(engine, Path(config.run.start_from))
-    on_first_rank(lambda: checkpoint.clean(run_dir.checkpoints))
-    on_first_rank(lambda: cut_metrics(run_dir, state.step))
-    table = dict(layout_rows(config.model, config.parallel, layout, workload))
-    if first:
-        run_dir.write_status("running", step=state.step, layout=layout.describe())
-        write_atomically(run_dir.layout, json.dumps(table, indent=2) + "\n")
-
-    with ExitStack() as stack:
-        monitor = stack.enter_context(
-            Monitor(
-                run_dir, config.monitor, resolved, config.steps, first, {"layout": table, "parameters": engine.size}
-            )
+    def __init__(
+        self,
+        config: TrainConfig,
+        resolved: dict[str, Any],
+        layout: Layout,
+        run_dir: RunDir,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        stack: ExitStack,
+    ) -> None:
+        super().__init__(config, resolved, layout, run_dir, stop, watchdog, stack)
+        self._under_way: StepUnderWay | None = None
+        self._asked = Flags()  # what any rank reported in the last collected step
+        self._rewinds = self._done = 0  # of this attempt; `_done`: steps
+        self._begin = 0.0  # of the current step's time
+        self._lead = Lead(config.guard.stop_margin + _after_the_last_save(config))
+        self._graphs = -1  # see `_steady`
+        self._owed = _due_validation(config, self.state.step) and not on_first_rank(
+            lambda: was_validated(run_dir, self.state.step)
         )
-        monitor.say(f"run {run_dir.root}: {layout.describe()}; {engine.size:,} parameters; data {describe_data(data)}")
-        width = max(map(len, table)) + 2
-        for what, value in table.items():
-            monitor.say(f"  {what:<{width}}{value}")
-        if found is None and config.run.start_from is not None:
-            monitor.say(f"weights of {started_from}")
-        if found is not None:
-            monitor.event("resumed", state.step, f"resumed from {found} at step {state.step}", checkpoint=found.name)
-        watchdog = Watchdog(run_dir, config.guard, dist.get_rank())
-        stack.callback(watchdog.close)
-        inspector = Inspector(run_dir, config.inspect, layout.device, monitor.event, watchdog.dump)
-        stack.callback(inspector.close)
-        saver = Saver(run_dir.checkpoints, config.checkpoint, resolved, layout.describe())
-        judge = Judge(config.guard, config.model.experts, state.history)
-        lag = LagProbe(layout.device, config.guard.lag_ratio)
-        validator = None
-        if config.data.valid_path is not None:
-            valid = open_dataset(config.data.valid_path, config.model.video.text_dim, config.data.places)
-            validator = Validator(valid, config.validation, objective, layout, config.model.text_length)
-            if state.step == 0:
-                monitor.validation(0, validator.run_all(engine))
-        stream = open_stream(data, state.data, config.data, layout, objective, config.seed, config.model.text_length)
-        stack.callback(stream.close)
 
-        recomputed = recomputed_units(engine.network, config.parallel, layout, workload)
-        meter = Meter(config.monitor, config.model, engine, layout, recomputed, epoch_samples(data))
-        signals = StepSignals()
-        details: dict[str, float | str] = {}  # of the step whose sums are under way
-        losses: StepLosses | None = None  # likewise
-        asked = Flags()  # what any rank said in the last step that was collected
-        rewinds = 0
-
-        def collect() -> None:
-            """Read the last step's sums, judge it, write its metrics."""
-            nonlocal asked
-            sums = signals.collect()
-            if sums is None or losses is None:
-                return
-            asked = sums.flags
-            finding = judge.look(sums, objective.expert(sums.step))
-            if finding.bad:
-                _report(finding, sums, losses, stream, monitor)
-            skipped = {"train/skipped": 1} if finding.skipped else {}
-            found = meter.read(sums, objective.expert(sums.step)) | {"perf/comm_wait": sums.wait}
-            monitor.step(sums.step, found | details | skipped)
-
-        def save() -> None:
-            """Begin to save the state as it is; its metrics are complete before it is committed."""
-            collect()
-            begin = time.perf_counter()
-            compare_replicas(engine, layout, state.step)
-            saver.begin(state, monitor.sync, needed=judge.in_a_row[0] if judge.in_a_row else None)
-            meter.stall("checkpoint", time.perf_counter() - begin)
-
-        def rewind() -> None:
-            """Take the weights from before the bad steps, and go on after them. RunError where that is impossible."""
-            nonlocal rewinds
-            bad, rewinds = judge.in_a_row, rewinds + 1
-            collect()
-            bad = judge.in_a_row or bad  # the step under way may be one more of them, or none
-            saver.settle()
-            path = checkpoint.newest(run_dir.checkpoints, up_to=bad[0]) if config.guard.rewind else None
-            if path is None or rewinds > config.guard.max_rewinds:
-                if not config.guard.rewind:
-                    why = "guard.rewind=true goes back to the last checkpoint and passes over them"
-                elif path is None:
-                    why = "there is no checkpoint from before them to go back to"
-                else:
-                    why = f"the run went back {rewinds - 1} times already"
-                file = run_dir.root / "bad_steps.jsonl"
-                raise RunError(
-                    f"{len(bad)} steps in a row, {bad[0]} to {bad[-1]}, had no finite loss or gradient; weights are "
-                    f"those before step {bad[0]}. Look at the samples in {file} and at the learning rate ({why})"
-                )
-            checkpoint.go_back(state, path)
-            judge.in_a_row = []
-            text = f"went back to the weights of {path} after {len(bad)} bad steps; goes on at step {state.step}"
-            monitor.event("went back", state.step, text, checkpoint=path.name, first=bad[0], last=bad[-1])
-            save()  # else a restart would meet the bad steps again
-
-        stopping = any(gather([stop.requested()]))
-        begin = time.perf_counter()
+    def run(self) -> str:
+        """Step until `config.steps` or a stop request; returns "finished" or "stopped"."""
+        config, state = self.config, self.state
+        stopping = any(gather([self.stop.requested()]))
+        if self._owed and not stopping:  # before the first step, or the one that a stop prevented in the last attempt
+            stopping = not self._validate()
+        self._begin = time.perf_counter()
         while state.step < config.steps and not stopping:
-            step = state.step
-            watchdog.beat(f"in step {step}")
-            inspector.step(step)
-            try:
-                micro_batches = next(stream)
-            except DataError as error:
-                retry = isinstance(error, ReadError)
-                raise RankError(f"data rank {layout.dp_rank}, step {step}: {error}", retry) from error
-            expert = objective.expert(step)
-            factor = lr_factor(config.optim, step, config.steps)
-            if config.guard.skip_spikes:
-                engine.limit_norm(judge.limit(step, expert))
-            meter.begin(step)
-            counter = CollectiveCounter(layout) if _due(config.monitor.count_collectives, step + 1) else None
-            with counter or nullcontext():
-                now_losses = forward_backward(model, micro_batches, config.objective, expert, layout, engine.backward)
-                norm = engine.step(factor, expert)
+            stopping = self._between_steps(self._step(state.step))
+        self.watchdog.beat("waiting for the last checkpoint")
+        self.saver.finish(lambda: self.watchdog.beat("waiting for the last checkpoint"))
+        self._tell_of_saves()
+        if state.step == config.steps and not self._owed:
+            return "finished"
+        text = f"stopped at step {state.step} of {config.steps}, as requested; the same command resumes from there"
+        self.monitor.event("stopped", state.step, text)
+        return "stopped"
 
-            collect()
-            stopping, save_due = asked.stop, asked.save
-            if asked.inspect:
-                inspector.take(step + 1)
-            losses = now_losses
-            look = first and inspector.requested()
-            flags = Flags(stop.requested(), first and saver.due_by_clock(), saver.failed(), look)
-            extra = meter.sums(step, losses)
-            signals.post(step, losses.share, losses.video, losses.audio, norm, flags, extra)
-            state.step, state.seen = step + 1, state.seen.after(micro_batches[0].batch)
-            now = time.perf_counter()
-            details = {
-                "train/expert": expert,
-                "train/lr_tower": config.optim.lr_tower * factor,
-                "train/lr_bridge": config.optim.lr_bridge * factor,
-                "perf/data_wait": stream.data_wait,
-                **meter.host(step, micro_batches, now - begin, state.seen),
-                **(counter.metrics() if counter is not None else {}),
-            }
-            if config.parallel.compile != "none":
-                details["perf/compiled_graphs"] = compiled_graphs()
-            lag.add(stream.data_wait, now - begin)
-            stop.lead = config.guard.stop_margin + 2 * saver.seconds + 5 * (now - begin)
-            begin = now
+    def _step(self, step: int) -> Flags:
+        """One attempted batch: forward, backward, update. Returns what any rank requested one step ago."""
+        config, layout = self.config, self.layout
+        self.watchdog.beat(f"in step {step}")
+        begin = time.perf_counter()
+        profiled = self.inspector.step(step)
+        micro_batches = self._next_batch(step)
+        expert = self.objective.expert(step)
+        factor = lr_factor(config.optim, step, config.steps)
+        if config.guard.skip_spikes:
+            self.engine.limit_norm(self.judge.limit(step, kind_of(expert, micro_batches[0].batch.bucket)))
+        scales = self.balance.scales(step, expert) if config.objective.balance else (1.0, 1.0)
+        self.meter.begin(step)
+        counter = CollectiveCounter(layout) if _due(config.monitor.count_collectives, step + 1) else None
+        with counter or nullcontext():
+            losses = forward_backward(
+                self.engine.model, micro_batches, config.objective, expert, layout, self.engine.backward, scales
+            )
+            norm = self.engine.step(factor, expert)
 
-            last = state.step == config.steps or stopping
-            if last or _due(config.validation.every, state.step):
-                collect()
-                if validator is not None and not stopping:
-                    watchdog.beat(f"in the validation after step {step}")
-                    monitor.validation(state.step, validator.run_all(engine))
-                    meter.stall("validation", time.perf_counter() - now)
-            if _due(config.parallel.replica_check, state.step):
-                compare_replicas(engine, layout, state.step)
-            if _due(config.guard.lag_every, state.step):
-                details |= _report_lag(lag.compare(), state.step, monitor)
-            if asked.save_failed:
-                saver.settle()
-            if len(judge.in_a_row) >= config.guard.max_nonfinite:
-                rewind()
-            elif last or save_due or config.checkpoint.due(state.step):
-                watchdog.beat(f"in the checkpoint after step {step}")
-                save()
-            for event in saver.events():
-                monitor.event(event.kind, event.step, event.text, **event.details)
-        watchdog.beat("waiting for the last checkpoint")
-        saver.finish()
-        for event in saver.events():
-            monitor.event(event.kind, event.step, event.text, **event.details)
-        if state.step == config.steps:
-            return "finished", state.step
-        text = f"stopped at step {state.step} of {config.steps}, as asked; the same command goes on from there"
-        monitor.event("stopped", state.step, text)
-        return "stopped", state.step
+        self._collect()
+        asked = self._asked
+        if asked.inspect:
+            self.inspector.take(step + 1)
+        look = layout.first and self.inspector.requested()
+        flags = Flags(self.stop.requested(), layout.first and self.saver.due_by_clock(), self.saver.failed(), look)
+        extra = self.meter.sums(step, losses)
+        self.signals.post(step, losses.share, losses.video, losses.audio, norm, flags, extra)
+        self.state.step, self.state.seen = step + 1, self.state.seen.after(micro_batches[0].batch)
+        now = time.perf_counter()
+        host = self.meter.host(step, micro_batches, now - self._begin, self.state.seen) | profiled
+        host |= counter.metrics() if counter is not None else {}
+        self._under_way = StepUnderWay(losses, self._details(expert, factor, scales, host))
+        self.lag.add(self.stream.data_wait, now - self._begin)
+        if self._steady() and self._done:
+            self._lead.took("step", now - begin)
+        self._done += 1
+        has_trained()
+        self._begin = now
+        return asked
 
+    def _details(self, expert: str, factor: float, scales: tuple[float, float], host: dict[str, float]) -> Details:
+        """The metrics of a step that need no sums. `host`: what this rank measured."""
+        config = self.config
+        found: Details = {
+            "train/expert": expert,
+            **{f"train/{name}": rate for name, rate in rates(config.optim, factor).items()},
+            "perf/data_wait": self.stream.data_wait,
+            "data/empty_captions": self.state.data.empty_captions,
+            **host,
+        }
+        if config.objective.balance:
+            found |= {"train/scale_video": scales[0], "train/scale_audio": scales[1]}
+        if config.parallel.compile != "none":
+            found |= {"perf/compiled_graphs": compiled_graphs(), "perf/eager_units": self.eager_units}
+        return found
 
-def _report(finding: Finding, sums: StepSums, losses: StepLosses, stream: Stream, monitor: Monitor) -> None:
-    """Name the samples of a bad step, in bad_steps.jsonl and to the user. All ranks call it for the same step."""
-    values = {name: getattr(sums, name) for name in ("loss", "loss_video", "loss_audio", "grad_norm")}
-    damaged = sorted(set(gather(losses.damaged()))) if not finding.finite else []
-    samples = sorted(set(gather([key for keys, _ in losses.inputs for key in keys])))
-    what = "skipped" if finding.skipped else "spike" if finding.finite else "not finite"
-    record = {"what": what, "spikes": finding.spikes, "samples": samples, "damaged": damaged}
-    monitor.bad_step(finding.step, {**values, **record})
-    if finding.finite:
-        shown = ", ".join(f"{name} {values[name]:.4g}" for name in finding.spikes)
-        ending = "; its update was suppressed" if finding.skipped else ""
-        monitor.event("spike", finding.step, f"step {finding.step}: far above what is usual: {shown}{ending}")
-        return
-    text = f"step {finding.step}: loss or gradient is not finite; its update was suppressed"
-    monitor.event("not finite", finding.step, text, damaged=damaged)
-    for key in damaged:
-        monitor.say(f"  sample {key} holds NaN or inf; it has weight 0 from now on")
-        stream.report_damage(key, "NaN or inf on the device", finding.step)
+    def _steady(self) -> bool:
+        """Whether nothing was compiled since the last call."""
+        before, self._graphs = self._graphs, compiled_graphs() if self.config.parallel.compile != "none" else 0
+        return before == self._graphs
 
+    def _next_batch(self, step: int) -> list[Prepared]:
+        try:
+            return next(self.stream)
+        except (DataError, NoRoomError) as error:  # NoRoomError: of the cache
+            retry = error.retry or gone(error)
+            raise RankError(f"data rank {self.layout.dp_rank}, step {step}: {error}", retry) from error
 
-def _report_lag(slow: list[SlowRank], step: int, monitor: Monitor) -> dict[str, float | str]:
-    """Tell of slow ranks; returns what belongs into the metrics."""
-    for rank in slow:
-        if rank.what == "compute":
-            text = f"rank {rank.rank} is slow: the probe takes {rank.ratio:.1f} times what it takes on the median rank"
-        else:
-            text = f"rank {rank.rank} waits {rank.seconds:.3f} s for data in each step"
-        monitor.event("slow rank", step, text, rank=rank.rank, what=rank.what, ratio=round(rank.ratio, 2))
-    return {"perf/slow_ranks": ",".join(sorted({str(rank.rank) for rank in slow}))} if slow else {}
+    def _between_steps(self, asked: Flags) -> bool:
+        """Validate, compare ranks, rewind, save: whatever is due after a step. Returns whether the run must stop.
+        `asked`: what `_step` returned."""
+        config, state = self.config, self.state
+        stopping, due = asked.stop, _due_validation(config, state.step)
+        if due or stopping or state.step == config.steps:
+            self._collect()
+        if due:
+            begin, self._owed = time.perf_counter(), True
+            stopping = stopping or not self._validate()
+            self.meter.stall("validation", time.perf_counter() - begin)
+        if _due(config.parallel.replica_check, state.step):
+            self._compare_replicas()
+        if _due(config.guard.straggler_every, state.step):
+            slow = tell(self.lag.compare(), state.step, self.monitor)
+            if self._under_way is not None:
+                self._under_way.details.update(slow)
+        if self._asked.save_failed:
+            self.saver.settle()
+        last = state.step == config.steps or stopping
+        if len(self.judge.in_a_row) >= config.guard.max_nonfinite:
+            self._rewind()
+        elif last or asked.save or config.checkpoint.due(state.step):
+            self.watchdog.beat(f"in the checkpoint after step {state.step - 1}")
+            self._save()
+        self._tell_of_saves()
+        begin = time.perf_counter()
+        if self.garbage.after(state.step):
+            self.meter.stall("garbage", time.perf_counter() - begin)
+            self._lead.took("garbage", time.perf_counter() - begin)
+        self.stop.lead = self._lead.seconds(self.saver.seconds)
+        return stopping
+
+    def _validate(self) -> bool:
+        """Validate the current weights. False if any rank must stop meanwhile: then nothing is written, and the next
+        attempt begins with this validation."""
+        if self.validator is not None:
+            step, asked = self.state.step, 0.0
+
+            def stopped() -> bool:
+                nonlocal asked
+                before, asked = asked, time.perf_counter()
+                if self._steady() and before:
+                    self._lead.took("clip", asked - before)
+                self.stop.lead = self._lead.seconds(self.saver.seconds)
+                self.watchdog.beat(f"in the validation after {step} steps", starting=self._done == 0)
+                return self.stop.requested()
+
+            losses = self.validator.run_all(self.engine, stopped)
+            if losses is None:
+                return False
+            self.monitor.validation(step, losses)
+        self._owed = False
+        return True
+
+    def _collect(self) -> None:
+        """Read the last step's sums, judge the step, write its metrics."""
+        sums, step = self.signals.collect(), self._under_way
+        if sums is None or step is None:
+            return
+        self._asked = sums.flags
+        expert = self.objective.expert(sums.step)
+        if self.config.objective.balance:
+            self.balance.add(sums, expert)
+        finding = self.judge.look(sums, kind_of(expert, step.losses.bucket))
+        if finding.bad:
+            report(finding, sums, step.losses, self.stream, self.monitor)
+        skipped = {"train/skipped": 1} if finding.skipped else {}
+        found = self.meter.read(sums, expert) | {"perf/comm_wait": sums.wait}
+        self.monitor.step(sums.step, found | step.details | skipped)
+
+    def _save(self) -> None:
+        """Begin to save the current state; its metrics are complete before it is committed."""
+        self._collect()
+        begin = time.perf_counter()
+        self._compare_replicas()
+        needed = self.judge.in_a_row[0] if self.judge.in_a_row else None
+        self.saver.begin(self.state, self.monitor.sync, needed=needed)
+        self.meter.stall("checkpoint", time.perf_counter() - begin)
+
+    def _compare_replicas(self) -> None:
+        begin = time.perf_counter()
+        compare_replicas(self.engine, self.layout, self.state.step)
+        self._lead.took("comparison", time.perf_counter() - begin)
+
+    def _tell_of_saves(self) -> None:
+        for event in self.saver.events():
+            self.monitor.event(event.kind, event.step, event.text, **event.details)
+
+    def _rewind(self) -> None:
+        """Restore the weights from before the bad steps, and continue after them. RunError if that is impossible."""
+        bad, self._rewinds = self.judge.in_a_row, self._rewinds + 1
+        self._collect()
+        bad = self.judge.in_a_row or bad  # the current step may be one more of them, or none
+        self.saver.settle()
+        guard, step = self.config.guard, self.state.step
+        path = checkpoint.newest(self.run_dir.checkpoints, up_to=bad[0]) if guard.rewind else None
+        if path is None or self._rewinds > guard.max_rewinds:
+            if not guard.rewind:
+                why = "guard.rewind=true would return to the last checkpoint and skip them"
+            elif path is None:
+                why = "there is no checkpoint from before them to return to"
+            else:
+                why = f"the run has already been rewound {self._rewinds - 1} times"
+            file = self.run_dir.root / "bad_steps.jsonl"
+            raise RunError(
+                f"{len(bad)} steps in a row, {bad[0]} to {bad[-1]}, had no finite loss or gradient; weights are "
+                f"those before step {bad[0]}. Check the samples in {file} and the learning rate ({why})"
+            )
+        checkpoint.go_back(self.state, path)
+        self.judge.in_a_row = []
+        text = f"went back to the weights of {path} after {len(bad)} bad steps; continues at step {step}"
+        self.monitor.event("went back", step, text, checkpoint=path.name, first=bad[0], last=bad[-1])
+        self._save()  # else a restart would meet the bad steps again
 
 
 def _record_failure(error: BaseException, run_dir: RunDir, first: bool) -> None:
-    """status.json says what ended the run: the cause, where a rank knows it, not that others then missed that rank."""
+    """Write what ended the run to status.json: the cause, if a rank knows it, not that others then lost that rank."""
     if lost_peer(error):
         time.sleep(LINGER)
-        if json.loads(run_dir.status.read_text())["state"] == "failed":
-            return
-    if first or isinstance(error, RankError):
-        run_dir.write_status("failed", error=str(error) or type(error).__name__, exit_status=exit_status(error))
+        with suppress(OSError):
+            if run_dir.read_status().get("state") == "failed":
+                return
+    if first or isinstance(error, RankError) or gone(error):
+        cause = {"cause": NO_ROOM} if lacks_room(error) else {}
+        run_dir.write_status("failed", error=describe(error), exit_status=exit_status(error), **cause)
+
+
+def _after_the_last_save(config: TrainConfig) -> float:
+    """Longest time from there until this process ends, in seconds."""
+    sending = config.checkpoint.upload_seconds + LAST_SIGNALS if config.checkpoint.upload else 0.0
+    return sending + _closing(config) + CLOSING  # of the program, behind `run`
+
+
+def _closing(config: TrainConfig) -> float:
+    """Longest time for closing what is open, in seconds."""
+    return CLOSING + (wandb_log.PATIENCE if config.monitor.wandb != "disabled" else 0.0)
+
+
+def _due_validation(config: TrainConfig, step: int) -> bool:
+    if config.data.valid_path is None:
+        return False
+    return step in (0, config.steps) or _due(config.validation.every, step)
 
 
 def _due(every: int, step: int) -> bool:

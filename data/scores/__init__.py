@@ -1,38 +1,45 @@
 """Scores of one decoded window, each a small class: name, version, columns, and a call that gives {column: value}.
 
-A value of NaN says that it can't be measured here (no sound, too short, gated): what a filter does with that is its own
-setting. Networks are loaded on first use, in the process that uses them.
+NaN means that the score cannot be measured here (no sound, too short, gated); the reason is in the column `unmeasured`
+of the table of windows, and what a filter does with it is its own setting. Networks are loaded on first use, in the
+process that uses them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
+from core.ranges import bounded
 from data.errors import DataError
-
-
-@dataclass
-class Decoded:
-    """A window as it will be encoded. frames: [3, F, H, W] in [-1, 1] or None; waveform: [n] mono at 16 kHz or None."""
-
-    frames: Tensor | None
-    waveform: Tensor | None
-    fps: float
+from data.scores.decoded import DecodedWindow
 
 
 @dataclass
 class ScoreConfig:
-    """Settings of the scores."""
+    """Settings of the scores.
 
-    silence_db: float = -50.0  # silence: a part of 25 ms is silent below this level (dB of full scale)
-    bandwidth_db: float = 50.0  # bandwidth: highest frequency within so many dB of the strongest
-    dnsmos_max_silence: float = 0.8  # dnsmos: not measured above this silence ratio; silence scores 1.84, above a brook
-    cut_threshold: float = 27.0  # shots: of scenedetect's ContentDetector
-    bar_level: float = 0.06  # bars: a row or column is black when no pixel of it is brighter (0 to 1)
-    syncnet_weights: str = ""  # syncnet: the published weights, a local file
-    learned_weights: str = ""  # learned: a scorer that `python -m data.train_sync` has saved
+    silence_db: silence: 25 ms are silent below this level (dB of full scale)
+    bandwidth_db: bandwidth: highest frequency within this many dB of the strongest
+    dnsmos_max_silence: dnsmos: not measured above this silence ratio (silence scores 1.84, above a brook)
+    cut_threshold: shots: of scenedetect's ContentDetector
+    bar_level: bars: a row or column is black when no pixel is brighter (0 to 1)
+    syncnet_weights: syncnet: the published weights, a local file
+    learned_weights: learned: a scorer that `mova train-sync` has saved
+    min_speech: dnsmos, syncnet: they judge speech; where there is a speech_fraction they are measured from this one on.
+        0.01: any speech at all (the shortest segment is 0.03 of a window of 8 s); 0: every window
+    skip_failed: with filters.drop=true: a window that a filter drops for its cheap scores gets no expensive ones;
+        scores.parquet then lacks them, and `mova refilter` can't tell what other thresholds would keep
+    """
+
+    silence_db: float = bounded(-50.0, "(-inf, inf)")
+    bandwidth_db: float = bounded(50.0, "(0, inf)")
+    dnsmos_max_silence: float = bounded(0.8, "[0, 1]")
+    cut_threshold: float = bounded(27.0, "(0, inf)")  # shots: of scenedetect's ContentDetector
+    bar_level: float = bounded(0.06, "[0, 1]")
+    syncnet_weights: str = ""
+    learned_weights: str = ""
+    min_speech: float = bounded(0.01, "[0, 1]")
+    skip_failed: bool = False
 
 
 class Score(Protocol):
@@ -45,11 +52,20 @@ class Score(Protocol):
     @property
     def columns(self) -> tuple[str, ...]: ...
 
-    def __call__(self, decoded: Decoded) -> dict[str, float]:
+    def __call__(self, decoded: DecodedWindow) -> dict[str, float]:
         """A value for each of `columns`; NaN where it can't be measured."""
 
 
+def rates_of(scores: Sequence[Score]) -> set[int]:
+    """The rates of sound that scores want beside 16 kHz."""
+    return {score.rate for score in scores if hasattr(score, "rate")}
+
+
 NAMES = ("silence", "bandwidth", "speech", "dnsmos", "shots", "bars", "motion", "weak", "syncnet", "learned")
+DEAR = ("learned", "dnsmos", "syncnet")  # measured after all others, the cheapest first; gates spare them
+OF_SPEECH = ("dnsmos", "syncnet")  # what they say of other sounds means nothing
+DEAF = ("shots", "bars", "motion")  # need no sound
+BLIND = ("silence", "bandwidth", "speech", "dnsmos")  # need no picture
 
 
 def make_scores(names: Sequence[str], config: ScoreConfig) -> list[Score]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data.decode import SAMPLE_RATE
-from data.scores import Decoded
+from data.media import SAMPLE_RATE
+from data.scores.decoded import DecodedWindow
 from data.scores.sound import silence_ratio
-from data.window import find_speech, need
+from data.windows.window import find_speech, need
 
 DNSMOS_SAMPLES = round(9.01 * SAMPLE_RATE)  # what the network takes
 # polynomials from the network's outputs to opinion scores, highest power first (speechmos, MIT licence)
@@ -30,7 +30,7 @@ class SpeechFraction:
     def __init__(self) -> None:
         need("the score speech", "silero_vad", "onnxruntime")
 
-    def __call__(self, decoded: Decoded) -> dict[str, float]:
+    def __call__(self, decoded: DecodedWindow) -> dict[str, float]:
         if decoded.waveform is None:
             return {"speech_fraction": math.nan}
         spoken = sum(end - start for start, end in find_speech(decoded.waveform))
@@ -51,7 +51,7 @@ class Dnsmos:
         need("the score dnsmos", "speechmos", "onnxruntime")
         self.max_silence, self.silence_db = max_silence, silence_db
 
-    def __call__(self, decoded: Decoded) -> dict[str, float]:
+    def __call__(self, decoded: DecodedWindow) -> dict[str, float]:
         waveform = decoded.waveform
         if waveform is None or not silence_ratio(waveform, self.silence_db) <= self.max_silence:
             return dict.fromkeys(self.columns, math.nan)

@@ -3,10 +3,10 @@
 import math
 
 from data.errors import DataError
-from data.scores import Decoded
+from data.scores.decoded import DecodedWindow
 
 HOW = {
-    "learned": "score.learned_weights=FILE, which `python -m data.train_sync` makes from your own clips",
+    "learned": "score.learned_weights=FILE, which `mova train-sync` makes from your own clips",
     "syncnet": "score.syncnet_weights=FILE, the published weights of SyncNet",
 }
 
@@ -24,8 +24,9 @@ class Synchrony:
         self._scorer = load_scorer(name, weights or None)
         self.name, self.columns, self.fingerprint = name, tuple(self._scorer.keys), self._scorer.fingerprint
 
-    def __call__(self, decoded: Decoded) -> dict[str, float]:
+    def __call__(self, decoded: DecodedWindow) -> dict[str, float]:
         if decoded.frames is None or decoded.waveform is None:
             return dict.fromkeys(self.columns, math.nan)
-        found = self._scorer.score(decoded.frames.transpose(0, 1), decoded.waveform, decoded.fps)
+        pictures = decoded.frames.transpose(0, 1) if self._scorer.colour else decoded.grey[:, None]
+        found = self._scorer.score(pictures, decoded.waveform, decoded.fps)
         return {column: float(found[column]) for column in self.columns}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data.codec.audio import SAMPLE_RATE
+from data.sync.inputs import SAMPLE_RATE
 from data.synthesize import BACKGROUND, VOICES
 
 TOLERANCE = 0.1  # s
@@ -172,7 +172,8 @@ def _envelope(sound: np.ndarray, pitch: float | None) -> np.ndarray:
     window /= window.sum()
     if pitch is None:
         smooth = np.convolve(sound**2, window, "same")
-        return np.sqrt(2 * np.maximum(smooth, 0))[::HOP]
+        values: np.ndarray = np.sqrt(2 * np.maximum(smooth, 0))[::HOP]
+        return values
     carrier = np.exp(-2j * np.pi * pitch / SAMPLE_RATE * np.arange(len(sound)))
     return 2 * np.abs(np.convolve(sound * carrier, window, "same"))[::HOP]
 

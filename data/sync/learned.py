@@ -1,4 +1,4 @@
-"""A synchronization scorer that learns from one's own clips (python -m data.train_sync).
+"""A synchronization scorer that learns from one's own clips (mova train-sync).
 
 Two small encoders turn picture and sound into evidence vectors, 24 a second: the picture from grey frames and their
 changes, the sound from log-mel energies. The evidence for a lag is the sum, over the time that both cover at that lag,
@@ -44,7 +44,7 @@ class NetworkConfig:
     width: int = 64  # of an evidence vector
 
 
-class Block(nn.Module):
+class ResidualConvolution(nn.Module):
     """Residual convolution over time: [B, C, T] -> [B, C, T]."""
 
     def __init__(self, width: int):
@@ -56,7 +56,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return x + self.conv_out(gelu(self.conv_in(self.norm(x))))
+        out: Tensor = x + self.conv_out(gelu(self.conv_in(self.norm(x))))
+        return out
 
 
 class SyncNetwork(nn.Module):
@@ -76,7 +77,7 @@ class SyncNetwork(nn.Module):
             nn.Flatten(),
             nn.Linear(3 * c * side * side, config.width),
         )
-        self.picture_time = nn.Sequential(*(Block(config.width) for _ in range(3)))
+        self.picture_time = nn.Sequential(*(ResidualConvolution(config.width) for _ in range(3)))
         self.sound = nn.Sequential(
             nn.Conv1d(config.mels, config.width, 5, padding=2),
             nn.GELU(),
@@ -84,7 +85,7 @@ class SyncNetwork(nn.Module):
             nn.GELU(),
             nn.Conv1d(config.width, config.width, 4, stride=2, padding=1),
         )
-        self.sound_time = nn.Sequential(*(Block(config.width) for _ in range(3)))
+        self.sound_time = nn.Sequential(*(ResidualConvolution(config.width) for _ in range(3)))
         self.scale = nn.Parameter(torch.tensor(math.log(0.1 / math.sqrt(config.width))))
         self.apart = nn.Parameter(torch.zeros(()))  # evidence for "do not belong together"
 
@@ -93,11 +94,13 @@ class SyncNetwork(nn.Module):
         change = pad(pictures[:, 1:] - pictures[:, :-1], (0, 0, 0, 0, 1, 0))
         both = torch.stack([0.3 * pictures, 2 * change], 2).flatten(0, 1)
         features = self.picture(both.contiguous(memory_format=torch.channels_last)).unflatten(0, pictures.shape[:2])
-        return self.picture_time(features.transpose(1, 2)).transpose(1, 2)
+        out: Tensor = self.picture_time(features.transpose(1, 2)).transpose(1, 2)
+        return out
 
     def hear(self, spectra: Tensor) -> Tensor:
         """[B, mels, T·STEPS] of prepare_sound -> [B, T, width]."""
-        return self.sound_time(self.sound(spectra)).transpose(1, 2)
+        out: Tensor = self.sound_time(self.sound(spectra)).transpose(1, 2)
+        return out
 
     def evidence(self, seen: Tensor, heard: Tensor) -> Tensor:
         """[I, T, width], [J, T, width] -> [I, J, 2·REACH + 1]: for every pair and lag -REACH..REACH."""
@@ -114,7 +117,7 @@ class SyncNetwork(nn.Module):
 
 
 def small_pictures(frames: Tensor, fps: float, size: int) -> Tensor:
-    """[F, 3, H, W] in [-1, 1] at fps -> [T, size, size] grey in [-1, 1] at RATE, the whole picture squeezed."""
+    """[F, 3 or 1, H, W] in [-1, 1] at fps -> [T, size, size] grey in [-1, 1] at RATE, the whole picture squeezed."""
     frames = retime(frames, fps, RATE)
     parts = [
         interpolate(luma(part)[:, None], (size, size), mode="bilinear", antialias=True, align_corners=False)[:, 0]
@@ -147,7 +150,8 @@ def prepare_sound(waveform: Tensor, steps: int, mels: int) -> Tensor:
 
 @lru_cache
 def _bank(mels: int) -> Tensor:
-    return melscale_fbanks(SPECTRUM // 2 + 1, 30.0, SAMPLE_RATE / 2, mels, SAMPLE_RATE, mel_scale="slaney")
+    out: Tensor = melscale_fbanks(SPECTRUM // 2 + 1, 30.0, SAMPLE_RATE / 2, mels, SAMPLE_RATE, mel_scale="slaney")
+    return out
 
 
 def judge(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,9 +177,10 @@ class LearnedScorer:
 
     name = "learned"
     keys: tuple[str, ...] = ("learned_sync", "learned_lag")
+    colour = False
 
     def __init__(self, weights: str | None):
-        path = need_file(weights, "train one on your clips: python -m data.train_sync source=DIR output=FILE")
+        path = need_file(weights, "train one on your clips: mova train-sync source=DIR output=FILE")
         self.network, self.quality = load_network(Path(path))
         self.fingerprint = f"learned-{FORMAT}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
@@ -201,7 +206,7 @@ def pack_network(network: SyncNetwork, quality: dict[str, float]) -> bytes:
 
 def load_network(path: Path) -> tuple[SyncNetwork, dict[str, float]]:
     """The network (for inference) and its measured quality. DataError when the file is no scorer of this version."""
-    remedy = "train it again: python -m data.train_sync source=DIR output=FILE"
+    remedy = "train it again: mova train-sync source=DIR output=FILE"
     try:
         with safe_open(str(path), "pt") as file:
             text = file.metadata() or {}

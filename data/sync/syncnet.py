@@ -13,6 +13,7 @@ import hashlib
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +64,16 @@ class SyncNet(nn.Module):
 
     def hear(self, spectra: Tensor) -> Tensor:
         """[N, 1, 13, 20] MFCCs -> [N, 1024]."""
-        return self.netfcaud(self.netcnnaud(spectra).flatten(1))
+        out: Tensor = self.netfcaud(self.netcnnaud(spectra).flatten(1))
+        return out
 
     def see(self, pictures: Tensor) -> Tensor:
         """[3, F, 224, 224] BGR in 0..255 -> [F - 4, 1024]: all windows of five frames in one pass.
 
         Only the first convolution reaches over time, so this equals the network on each window alone.
         """
-        return self.netfclip(self.netcnnlip(pictures[None])[0, :, :, 0, 0].T)
+        out: Tensor = self.netfclip(self.netcnnlip(pictures[None])[0, :, :, 0, 0].T)
+        return out
 
 
 class SyncNetScorer:
@@ -81,6 +84,7 @@ class SyncNetScorer:
 
     name = "syncnet"
     keys: tuple[str, ...] = ("syncnet_offset", "lse_d", "lse_c")
+    colour = True
 
     def __init__(self, weights: str | None):
         path = Path(need_file(weights, f"get {WEIGHTS} of the SyncNet authors' syncnet_python and name its local path"))
@@ -89,7 +93,7 @@ class SyncNetScorer:
 
     def score(self, frames: Tensor, waveform: Tensor, fps: float) -> dict[str, float]:
         """See SyncScorer; the frames must show one face. NaN when nothing sounds or the window is too short."""
-        check_window(frames, waveform, fps)
+        check_window(frames, waveform, fps, colour=True)
         pictures = retime(frames, fps, FPS)
         count = min(len(pictures), len(waveform) // (SAMPLE_RATE // FPS)) - FRAMES
         if count < 1 or is_silent(waveform):
@@ -161,7 +165,8 @@ def mfcc(waveform: Tensor) -> Tensor:
     out = bands @ create_dct(13, 26, norm="ortho").double()
     out = out * (1 + 11 * torch.sin(math.pi * torch.arange(13, dtype=torch.float64) / 22))
     out[:, 0] = torch.where(energy == 0, tiny, energy).log()
-    return out
+    result: Tensor = out
+    return result
 
 
 def compare(seen: Tensor, heard: Tensor) -> tuple[int, float, float]:
@@ -173,7 +178,7 @@ def compare(seen: Tensor, heard: Tensor) -> tuple[int, float, float]:
     return SHIFT - best, float(mean[best]), float(mean.median() - mean[best])
 
 
-def _convolutions(channels: int, layers: tuple, convolution: type, norm: type, pool: type) -> nn.Sequential:
+def _convolutions(channels: int, layers: tuple[Any, ...], convolution: type, norm: type, pool: type) -> nn.Sequential:
     """Each layer: convolution, batch norm, ReLU and, where the table has one, a pool; numbered through."""
     modules: list[nn.Module] = []
     for out, kernel, stride, padding, pooling in layers:

@@ -26,6 +26,7 @@ class WeakScorer:
 
     name = "weak"
     keys: tuple[str, ...] = ("weak_sync", "weak_lag")
+    colour = False
     fingerprint = f"weak-1-{RATE}-{REACH}-{OVERLAP}-{NEAR}-{SIZE}"
 
     def score(self, frames: Tensor, waveform: Tensor, fps: float) -> dict[str, float]:

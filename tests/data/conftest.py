@@ -1,15 +1,45 @@
 """What several tests of the data room need."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
+
+from data.prepare.pool import Listener, Pool
+from data.prepare.spool import FileResult, WindowResult, read_spool
+from data.prepare.worker import run_file
+from data.sources import SourceFile
 
 MakeMedia = Callable[..., Path]
+
+
+class HerePool(Pool):
+    """The pool in this very process, where a test can replace what it wants to watch or to break."""
+
+    def run(
+        self, sources: Iterable[SourceFile], folder: Path, listener: Listener
+    ) -> Iterator[tuple[SourceFile, FileResult, Iterator[WindowResult]]]:
+        """As Pool.run, without its guard against files that end the process."""
+        torch.set_num_threads(1)
+        pipeline = self.make(self.config)
+        for number, source in enumerate(sources):
+            spool = folder / str(number)
+            result = FileResult(source.reason)
+            if not source.reason:
+                result = run_file(pipeline, source, spool, lambda done, windows: None)
+            yield source, result, iter(()) if result.rejected else read_spool(spool)
+            listener.file()
+
+
+@pytest.fixture
+def work_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.prepare does all files in the test's process."""
+    monkeypatch.setattr("data.prepare.curation.Pool", HerePool)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_an_absent_modality_stays_absent(missing: str) -> None:
     bucket = Bucket(5, 2, 3, 7, 24.0, has_video=missing != "video", has_audio=missing != "audio")
     back = EncodedClip.from_members(clip.key, *clip.to_members(), bucket)
     assert (back.video is None, back.audio is None) == (missing == "video", missing == "audio")
-    with pytest.raises(ValueError, match="its bucket says"):
+    with pytest.raises(ValueError, match="its bucket requires"):
         EncodedClip.from_members(clip.key, *clip.to_members(), BUCKET)
 
 
@@ -65,7 +65,7 @@ def test_wrong_bytes_are_a_value_error() -> None:
             EncodedClip.from_members("k", bad, meta, BUCKET)
     with pytest.raises(ValueError, match="does not parse"):
         EncodedClip.from_members("k", tensors, b"{", BUCKET)
-    with pytest.raises(ValueError, match="its bucket says"):
+    with pytest.raises(ValueError, match="its bucket requires"):
         EncodedClip.from_members("k", tensors, meta, Bucket(5, 2, 4, 7, 24.0, True, True))
 
 

@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.codec import audio, text, video
+from data.codec import Codecs, EncoderConfig, check_codec, codecs_of, open_codec
+from data.codec.builtin import audio, text, video
+from data.errors import DataError
 from data.synthesize import KINDS, draw_frame, draw_scenes, make_sound
 
 SECONDS = 49 / 24
 COUNT = 9  # three of each kind
+RECORDED = {"video": "dct-video-1-cd40c791472f", "audio": "mdct-audio-1-af72d268b685", "text": "hash-text-1"}
+RAMP = [0.13, -0.019, -0.103, 0.007, 1.08, -0.021, -0.098, -0.003]
+CHIRP = [-0.032, -0.017, 0.037, 0.013, -0.043, -0.012]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,16 @@ def test_the_untruncated_video_transform_is_exact(time: int) -> None:
     blocks = video.to_blocks(pixels, time)
     assert blocks.shape == (2, 2, 3, 192 * time)
     assert torch.allclose(video.from_blocks(blocks @ matrix.T @ matrix, time), pixels, atol=1e-5)
+
+
+def test_latents_are_the_kept_coefficients_of_every_block() -> None:
+    pixels = (torch.rand(3, 9, 24, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1).double()
+    latents = video.encode(pixels.float())
+    for part, time, table, places in ((pixels[:, :1], 1, video.FIRST, [0]), (pixels[:, 1:], 4, video.REST, [1, 2])):
+        coefficients = video.to_blocks(part, time) @ video.basis(time).double().T  # all of them: [k, 3, 2, 192 * time]
+        for channel, ((axis, t, y, x), mean, deviation) in enumerate(table):
+            expected = (coefficients.unflatten(-1, (3, time, 8, 8))[..., axis, t, y, x] - mean) / deviation
+            assert torch.allclose(latents[channel, places].double(), expected, atol=1e-4), (channel, time)
 
 
 def test_video_geometry_and_causality(pictures: list[torch.Tensor]) -> None:
@@ -101,7 +116,7 @@ def test_audio_geometry_quality_and_scale(sounds: list[torch.Tensor]) -> None:
 
 
 def test_natural_clips_keep_their_quality(real_clips: Path) -> None:
-    from data.decode import open_media
+    from data.media import open_media
 
     pixels, waves = [], []
     for name in ("mova_cat_ball.mp4", "mdn_friday_film_speech.mp4", "psychopy_jwp_intro_talk.mp4"):
@@ -140,3 +155,52 @@ def test_like_words_are_near_and_order_counts() -> None:
 def test_fingerprints_are_distinct() -> None:
     found = {video.fingerprint, audio.fingerprint, text.fingerprint}
     assert len(found) == 3 and all(isinstance(value, str) and value for value in found)
+
+
+def test_the_codecs_behind_their_interface_are_the_functions() -> None:
+    pixels = torch.rand(2, 3, 9, 16, 24, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    waves = torch.randn(2, 700, generator=torch.Generator().manual_seed(6)) * 0.1
+    codecs = Codecs(EncoderConfig(), text_dim=64)
+    latents, sound = codecs.video.encode(pixels), codecs.audio.encode(waves)
+    for number in range(2):
+        assert torch.equal(latents[number], video.encode(pixels[number]))
+        assert torch.equal(codecs.video.decode(latents)[number], video.decode(latents[number]))
+        assert torch.equal(sound[number], audio.encode(waves[number]))
+        assert torch.equal(codecs.audio.decode(sound, 700)[number], audio.decode(sound[number], 700))
+    assert sound.shape[1] == codecs.audio.steps(700) == 3 and codecs.audio.hop == 320
+    rows, empty = codecs.text.encode(["A ball.", ""])
+    assert torch.equal(rows, text.encode("A ball.", 64)) and torch.equal(empty, text.encode("", 64))
+    condition = codecs.video.encode_condition(pixels[:, :, 0], 9)
+    whole = torch.zeros_like(pixels)
+    whole[:, :, 0] = pixels[:, :, 0]
+    assert torch.equal(condition, codecs.video.encode(whole))
+
+
+def test_datasets_of_the_first_day_can_be_gone_on_with() -> None:
+    """The fingerprints that stand in them, and numbers that their shards hold."""
+    assert Codecs(EncoderConfig()).fingerprints == RECORDED
+    ramp = torch.linspace(-1, 1, 3 * 5 * 16 * 16).reshape(3, 5, 16, 16)
+    latents = video.encode(ramp)
+    found = [round(float(value), 3) for value in (*latents[:4, 0, 0, 1], *latents[:4, 1, 1, 0])]
+    assert found == RAMP
+    wave = torch.sin(torch.arange(960) ** 1.5 / 50)
+    assert [round(float(value), 3) for value in audio.encode(wave)[1, 3:9]] == CHIRP
+
+
+def test_a_codec_is_found_by_its_name_and_by_its_fingerprint(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match="encoder.video=wan: choose from builtin, mova"):
+        open_codec("video", EncoderConfig(video="wan"))
+    stated = Codecs(EncoderConfig()).fingerprints
+    codecs = codecs_of(stated, "dataset d", EncoderConfig())
+    for codec in (codecs.video, codecs.audio, codecs.text):
+        assert codec.name == "builtin"
+        check_codec(codec, stated, "dataset d", EncoderConfig())
+    with pytest.raises(DataError, match="dataset d has audio of foreign-1, which no codec here makes"):
+        codecs_of(stated | {"audio": "foreign-1"}, "dataset d", EncoderConfig())
+    other = stated | {"video": "dct-video-0-abc"}
+    with pytest.raises(
+        DataError, match=f"dataset d has video of dct-video-0-abc, the codec here is {video.fingerprint}"
+    ):
+        check_codec(codecs.video, other, "dataset d", EncoderConfig())
+    check_codec(codecs.video, other, "dataset d", EncoderConfig(ignore_fingerprints=True))
+    assert "continuing because of encoder.ignore_fingerprints" in caplog.text

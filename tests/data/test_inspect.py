@@ -17,12 +17,15 @@ import torch
 import webdataset
 from safetensors.torch import save
 
-import data.build
+import data.index
+from core.compose import compose
 from data.clip import Bucket, EncodedClip
+from data.dataset.build import build_index
+from data.dataset.index import DatasetIndex
+from data.dataset.shards import ShardWriter, write_captioners, write_empty_text
+from data.dataset.tensors import is_finite, load_tensors, parse_header
 from data.errors import DamagedSample, DataError
-from data.index import DatasetIndex, build_index
-from data.inspect import InspectConfig, inspect, positional
-from data.tensors import is_finite, load_tensors, parse_header
+from data.inspect import PROGRAM, InspectConfig, captioner_differences, inspect
 from tests.shards import make_dataset
 
 BOTH = Bucket(frames=3, height=4, width=4, audio_steps=8, fps=24.0, has_video=True, has_audio=True)
@@ -85,7 +88,7 @@ def test_a_truncated_shard_is_refused(root: Path, cut: str) -> None:
         members = tar.getmembers()
     size = {"middle": shard.stat().st_size // 2, "after a sample": members[4].offset}
     os.truncate(shard, size.get(cut, -(-(members[-1].offset_data + members[-1].size) // 512) * 512 + 512))
-    with pytest.raises(DataError, match="av-000000.tar is cut off"):
+    with pytest.raises(DataError, match="av-000000.tar is truncated"):
         build_index(root)
 
 
@@ -126,10 +129,9 @@ def test_the_programs(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """Exit codes, and a message instead of a traceback."""
     before = DatasetIndex.open(root).record
     (root / "index" / "dataset.json").unlink()
-    with pytest.raises(DataError, match=f"python -m data.index dir={root}"):
+    with pytest.raises(DataError, match=f"mova index dir={root}"):
         inspect(InspectConfig(dir=str(root)))
-    monkeypatch.setattr(sys, "argv", ["data.index", f"dir={root}"])
-    data.build.main()
+    assert data.index.PROGRAM.run([f"dir={root}"]) == 0
     assert "9 samples in 3 shards" in capsys.readouterr().out
     assert DatasetIndex.open(root).record == before
     with open(root / "av-000002.tar", "rb+") as file:
@@ -139,16 +141,14 @@ def test_the_programs(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "difference: av-000002.tar: SHA-256" in done.stderr
     assert "error: 1 differences" in done.stderr and "Traceback" not in done.stderr
-    monkeypatch.setattr(sys, "argv", ["data.index"])
-    with pytest.raises(SystemExit) as ended:
-        data.build.main()
-    assert ended.value.code == 1 and "dir is not given" in capsys.readouterr().err
+    assert data.index.PROGRAM.run([]) == 1 and "dir is missing" in capsys.readouterr().err
 
 
 def test_an_argument_alone_is_the_dataset() -> None:
-    assert positional(["/data/x", "verify=true"]) == ["dir='/data/x'", "verify=true"]
-    assert positional(["pipe:aws s3 cp s3://b/{name}?a=b -"]) == ["dir='pipe:aws s3 cp s3://b/{name}?a=b -'"]
-    assert positional(["dir=x"]) == ["dir=x"] and positional(["--help"]) == ["--help"] and positional([]) == []
+    for alone in ("/data/x", "pipe:aws s3 cp s3://b/{name}?a=b -", "https://host/x?a=b", "./a=b", "null"):
+        composed = compose(PROGRAM.schema, PROGRAM.split([alone, "verify=true"])[0])
+        assert composed.typed() == InspectConfig(dir=alone, verify=True)
+    assert PROGRAM.split(["dir=x"]) == (["dir=x"], False) and PROGRAM.split([]) == ([], False)
 
 
 def scored(root: Path, scores: list[dict[str, Any] | None]) -> Path:
@@ -339,3 +339,27 @@ def test_what_each_check_sees(root: Path, tmp_path: Path) -> None:
     for verify in CHECKS:
         with pytest.raises(DamagedSample, match="NaN or inf in video"):
             DatasetIndex.open(root, verify=verify).read_clip(2)
+
+
+def test_captioners_that_are_not_those_of_the_index_are_named(root: Path) -> None:
+    """Every bit of the file from which a lost index would be built again."""
+    path = root / "captioners.json"
+    write_captioners(root, ["plain"], [])
+    assert inspect(InspectConfig(dir=str(root), verify=True, samples=0)) == []
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert captioner_differences(DatasetIndex.open(root)), place
+
+
+def test_names_in_any_letters_on_any_terminal(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", 1) as writer:
+        meta = {"source": "Fl\u00f6te.mp4", "start": 0, "seconds": 1.0, "encoders": {}}
+        sound = torch.ones(5, 128, dtype=torch.bfloat16)
+        writer.write(EncodedClip("0" * 24, None, sound, None, meta), SOUND, "x", torch.ones(1, 8))
+    write_empty_text(tmp_path / "set", torch.ones(1, 8))
+    build_index(tmp_path / "set")
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "data.inspect", str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0 and "Fl\\xf6te.mp4" in done.stdout

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.decode import SAMPLE_RATE, open_media
 from data.errors import DataError
+from data.media import SAMPLE_RATE, open_media
 from data.synthesize import VOICES, SynthesizeConfig, balls_at, draw_scenes, synthesize
 
 CLIPS = 12
@@ -146,6 +146,10 @@ def test_settings_that_cannot_be_met_are_named(setting: dict[str, Any], tmp_path
 def test_command_line_names_a_wrong_key(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data.synthesize", f"output={tmp_path}", "clip=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode != 0 and "'clip'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode != 0
+        and "there is no key clip; did you mean clips?" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     done = subprocess.run([*command[:-1]], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode != 0 and "clips is not given" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and "clips is missing" in done.stderr and "Traceback" not in done.stderr

@@ -1,16 +1,17 @@
 """Whether another attempt is made: counting, crash loops, what exit statuses say, stop files."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch import job
+from core.run_dir import RunDir
 from launch.attempts import CRASHED, FINISHED, REFUSED, STOPPED, Attempts, Limits, how_it_ended
-from train.run_dir import RunDir
+from launch.slurm import job
 
-LIMITS = Limits(restarts=3, fruitless=2)
+LIMITS = Limits(restarts=3, max_failed_restarts=2)
 
 
 @pytest.fixture
@@ -59,16 +60,16 @@ def test_a_gain_ends_the_row(run: RunDir) -> None:
     assert begin(run, 0) == 0
     assert begin(run, 1) == 0
     commit(run, 1)
-    assert Attempts(run).fruitless() == 0
+    assert Attempts(run).failed_restarts() == 0
     assert begin(run, 2) == 0
-    assert Attempts(run).fruitless() == 1
+    assert Attempts(run).failed_restarts() == 1
 
 
 def test_being_stopped_at_once_is_no_crash(run: RunDir) -> None:
     for number in range(3):
         assert begin(run, number) == 0
         assert job.end(run, "7", number, 0, "RUNNING") == 75
-    assert Attempts(run).fruitless() == 0
+    assert Attempts(run).failed_restarts() == 0
 
 
 @pytest.mark.parametrize(
@@ -151,3 +152,21 @@ def test_a_line_cut_off_by_a_death_is_passed_over(run: RunDir) -> None:
         file.write('{"event": "be')
     Attempts(run).end("7", 0, CRASHED, 75)
     assert [line["event"] for line in Attempts(run).read()] == ["begin", "end"]
+
+
+def test_a_state_that_nobody_knows_is_not_cancelled(run: RunDir) -> None:
+    """The controller did not answer: the run may go on."""
+    for state, status in (("", 75), ("RUNNING", 75), ("COMPLETING", 1)):
+        assert begin(run, 0) == 0
+        commit(run, run.committed_step() + 1)
+        assert job.end(run, "7", 0, 75, state) == status, state
+
+
+def test_a_script_asks_slurm_until_it_answers(tmp_path: Path) -> None:
+    """Twice without an answer, then with one."""
+    asked = tmp_path / "asked"
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho x >>{asked}\n[ $(wc -l <{asked}) -ge 3 ] && echo RUNNING\n")
+    (tmp_path / "squeue").chmod(0o755)
+    script = f". {Path(job.__file__).with_name('clean.sh')}; sleep() {{ :; }}; ask {tmp_path}/squeue"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "RUNNING\n" and asked.read_text() == "x\n" * 3

@@ -3,17 +3,18 @@
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from launch.compose import SubmitConfig, compose_own, quote
-from launch.preflight import PreflightConfig
+from core.errors import RunError, UserError
+from core.run_dir import RunDir
+from launch.compose import SubmitConfig, compose_own
 from launch.prepare import check
 from launch.prepare import render as render_array
-from launch.slurm import SlurmConfig, quote_option, render, seconds_of
-from train.errors import RunError
-from train.run_dir import RunDir
+from launch.slurm.preflight import PreflightConfig
+from launch.slurm.slurm import SlurmConfig, quote_option, render, seconds_of
 
 GOLDEN = Path(__file__).with_name("submit_golden.sh")
 NASTY = """a 'b' "c" $HOME `id` $(id) \\n %j @RUN@ ; rm -rf x & # ünï"""
@@ -51,8 +52,8 @@ def test_the_scripts_are_bash(tmp_path: Path) -> None:
         script = render(variant, RunDir(tmp_path / "it's a run"), tmp_path / "code", [f"a={NASTY}"], 0.0)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         assert "@" not in script.replace(NASTY, "").replace("USR2@", "").replace("[@]", "").replace("$@", "").replace(
-            shlex.quote(NASTY), ""
-        ).replace(shlex.quote(f"a={NASTY}"), "")
+            "_@}", ""
+        ).replace(shlex.quote(NASTY), "").replace(shlex.quote(f"a={NASTY}"), "")
 
 
 def test_nasty_values_reach_the_commands_as_they_are(tmp_path: Path) -> None:
@@ -69,6 +70,8 @@ def test_nasty_values_reach_the_commands_as_they_are(tmp_path: Path) -> None:
     for path in stand_ins.iterdir():
         path.chmod(0o755)
     root = tmp_path / "it's $HOME"
+    root.mkdir()
+    (root / "config.yaml").touch()
     variant = config(
         environment={"NASTY": NASTY}, container=[str(stand_ins / "fake image"), NASTY], python="py thon", requeue=False,
         preflight=PreflightConfig(enabled=False), setup=[], srun=[],
@@ -81,7 +84,7 @@ def test_nasty_values_reach_the_commands_as_they_are(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     words = (tmp_path / "srun").read_text().split("\0")[:-1]
-    assert words[-5:] == [NASTY, "py thon", "-m", "launch.task", f"x={NASTY}"]
+    assert words[-5:] == [NASTY, "py thon", "-m", "launch.slurm.task", f"x={NASTY}"]
     assert f"--output={root}/logs/%j-%t.out" in words
     assert (tmp_path / "env").read_text().split("\0")[:-1] == [NASTY, str(root / "code"), "10.0.0.1"]
 
@@ -95,12 +98,11 @@ def test_an_option_that_cannot_be_written_is_refused(option: str) -> None:
 @pytest.mark.parametrize(
     "changed, told",
     [
-        ({"nodes": 0}, "cluster.nodes is 0"),
-        ({"gpus": 2, "processes": 4}, "one a GPU"),
+        ({"gpus": 2, "processes": 4}, "one per GPU"),
         ({"gpu_request": "shards"}, "gres, gpus-per-node"),
-        ({"environment": {"A-B": "x"}}, "'A-B' is no name of a variable"),
-        ({"options": ["comment=x"]}, "no option of sbatch"),
-        ({"time": "2", "signal_lead": 120}, "no longer than cluster.signal_lead=120"),
+        ({"environment": {"A-B": "x"}}, "'A-B' is not the name of a variable"),
+        ({"options": ["comment=x"]}, "not an option of sbatch"),
+        ({"time": "2", "signal_lead": 120}, "not longer than cluster.signal_lead=120"),
     ],
 )
 def test_impossible_values_are_refused(changed: dict, told: str) -> None:
@@ -142,7 +144,7 @@ def test_gpus_can_be_asked_for_in_both_ways() -> None:
 
 
 def test_keys_of_a_cluster_are_checked() -> None:
-    with pytest.raises(RunError, match="did you mean cluster.partition"):
+    with pytest.raises(UserError, match="did you mean cluster.partition"):
         compose_own(["cluster=slurm", "cluster.partitoin=x"])
     own = compose_own(["cluster=slurm", "cluster.nodes=4", "cluster.gpus=8", "cluster.preflight.seconds=5"])
     assert isinstance(own.cluster, SlurmConfig) and own.cluster.world == 32 and own.cluster.preflight.seconds == 5
@@ -155,20 +157,59 @@ def test_the_script_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "raw" / f"{number}.mp4").touch()
     overrides = ["source=raw", "output=out/set", "frames=17"]
     script = render_array(
-        config(setup=[], environment={}), check(overrides), SubmitConfig(at_once=2), tmp_path / "code", overrides
+        config(setup=[], environment={}),
+        check(overrides),
+        SubmitConfig(max_parallel_units=2),
+        tmp_path / "code",
+        overrides,
     )
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert "#SBATCH --array=0-2%2\n" in script, "one unit for 32 files"
     assert 'unit="$SLURM_ARRAY_TASK_ID/3"' in script and "    frames=17 \\\n" in script
     assert "workers=12" in script, "the cores of the task, not of the node"
     for wrong, told in ((["source=raw"], "output is missing"), (["unit=0/3"], "launch.units"), (["sorce=x"], "source")):
-        with pytest.raises(RunError, match=told):
+        with pytest.raises(UserError, match=told):
             check([*overrides[:1], *wrong] if "missing" in told else [*overrides, *wrong])
 
 
-def test_hydra_quoting() -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    for text in ("runs/x", 'it\'s a "run" $HOME, [x]={y}', "back\\slash", "a\\'b"):
-        (parsed,) = OverridesParser.create().parse_overrides([f"run.start_from={quote(text)}"])
-        assert parsed.value() == text
+@pytest.mark.parametrize(
+    "waited, begins, status",
+    [(None, "now+60", 0), (0, "now+60", 0), (300, "now+300", 0), (7000, "now+1800", 0), (90000, None, 1)],
+)
+def test_a_job_without_room_is_followed_by_one_that_begins_later(
+    tmp_path: Path, waited: int | None, begins: str | None, status: int
+) -> None:
+    """The script runs here; the run's folder is away. The next job is told since when it waits, those that wait for
+    this one wait for that one, and after a day it is given up."""
+    stand_ins, now = tmp_path / "bin", int(time.time())
+    stand_ins.mkdir()
+    for name, words in {
+        "scontrol": '[ "$1" = update ] && echo "$@" >>"$SEEN/updates" || echo "JobId=12 Restarts=0 ExcNodeList=n7 x"',
+        "squeue": 'case "$*" in *%E*) echo "13 afterok:12(unfulfilled)" ;; *) echo RUNNING ;; esac',
+        "sbatch": 'printf "%s\\n" "$@" >"$SEEN/sbatch"; env >"$SEEN/environment"; echo 14',
+    }.items():  # fmt: skip
+        (stand_ins / name).write_text(f"#!/bin/bash\n{words}\n")
+    for path in stand_ins.iterdir():
+        path.chmod(0o755)
+    config = SlurmConfig(preflight=PreflightConfig(enabled=False), python="false")
+    script = tmp_path / "slurm_script"
+    script.write_text(render(config, RunDir(tmp_path / "away"), tmp_path / "away" / "code", [], 0.0))
+    environment = os.environ | {
+        "PATH": f"{stand_ins}:{os.environ['PATH']}", "SEEN": str(tmp_path), "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NODELIST": "n1", "MOVA_DEADLINE": "5",
+    }  # fmt: skip
+    given = [] if waited is None else [str(now - waited)]
+    done = subprocess.run(["bash", str(script), *given], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    if begins is None:
+        assert not (tmp_path / "sbatch").exists() and "given up: not writable for 9000" in done.stderr
+        return
+    *options, own, since = (tmp_path / "sbatch").read_text().split("\n")[:-1]
+    first, seconds = begins.split("+")
+    begin = next(option for option in options if option.startswith(f"--begin={first}+")).split("+")[1]
+    assert int(seconds) <= int(begin) <= int(seconds) + 5
+    assert "--exclude=n7" in options and own == str(script)
+    assert f"--comment=waits for room: {tmp_path / 'away'}" in options
+    assert 0 <= int(since) - (now - (waited or 0)) <= 5
+    assert (tmp_path / "updates").read_text() == "update JobId=13 Dependency=afterok:14\n"
+    assert "SLURM_JOB_ID" not in (tmp_path / "environment").read_text()

@@ -1,4 +1,4 @@
-"""What `python -m launch.status` says of runs, above all of those that say of themselves what is no longer true."""
+"""What `mova status` says of runs, above all of those that say of themselves what is no longer true."""
 
 import json
 import os
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import slurm, status
+from core.run_dir import RunDir
+from core.terminal import clock
+from launch import status
 from launch.attempts import Attempts
-from train.run_dir import RunDir
+from launch.slurm import slurm
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def said(run: RunDir, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    assert status.main([str(run.root)]) == 0
+    assert status.PROGRAM.run([str(run.root)]) == 0
     lines = capsys.readouterr().out.splitlines()
     width = next(line.index(str(run.root)) for line in lines)
     return {line[:width].strip(): line[width:].strip() for line in lines}
@@ -50,7 +52,7 @@ def test_running_but_dead(run: RunDir, capsys: pytest.CaptureFixture[str], monke
     assert said(run, capsys)["state"] == "dead"
     Attempts(run).submitted()
     Attempts(run).queued("77")
-    monkeypatch.setattr(status, "queued", lambda jobs: {})
+    monkeypatch.setattr(status, "queued", lambda jobs, run: {})
     told = said(run, capsys)
     assert told["state"] == "dead" and "none of its jobs is in the queue (77)" in told["why"]
     assert told["time left"] == "-"
@@ -79,7 +81,7 @@ def test_a_run_in_the_queue(
     run.write_status("stopped", step=100)
     Attempts(run).submitted()
     Attempts(run).queued("77")
-    monkeypatch.setattr(status, "queued", lambda jobs: {"77": job})
+    monkeypatch.setattr(status, "queued", lambda jobs, run: {"77": job})
     told = said(run, capsys)
     assert told["state"] == state and told["why"].startswith(why) and told["jobs in the queue"] == "77"
 
@@ -95,7 +97,7 @@ def test_many_runs_in_one_table(run: RunDir, tmp_path: Path, capsys: pytest.Capt
     other.root.mkdir()
     other.config.write_text(yaml.safe_dump({"steps": 7}))
     run.write_status("finished", step=200)
-    assert status.main([str(run.root), str(other.root)]) == 0
+    assert status.PROGRAM.run([str(run.root), str(other.root)]) == 0
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["run", "state", "step"]
     assert first.split()[:5] == ["try1", "finished", "100", "of", "200"]
@@ -103,22 +105,22 @@ def test_many_runs_in_one_table(run: RunDir, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status.main([str(tmp_path)]) == 1
-    assert "holds no config.yaml" in capsys.readouterr().err
+    assert status.PROGRAM.run([str(tmp_path)]) == 1
+    assert "it has no config.yaml" in capsys.readouterr().err
 
 
 def test_without_slurm(run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine without its commands the rest is told all the same."""
     Attempts(run).queued("77")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert slurm.queued([]) == {}
+    assert slurm.queued([], run) == {}
     run.write_status("running", step=0)
     told = said(run, capsys)
     assert told["state"] == "dead" and "squeue is not found" in told["why"]
 
 
 def test_durations() -> None:
-    assert [status.clock(s) for s in (5, 130, 7500, 90000, float("nan"))] == [
+    assert [clock(s) for s in (5, 130, 7500, 90000, float("nan"))] == [
         "5 s",
         "2 min",
         "2 h 05 min",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.__main__ import main
+from core.errors import RunError, UserError
+from core.run_dir import RunDir
+from launch.__main__ import PROGRAM
 from launch.compose import compose_own
-from launch.slurm import SlurmConfig
-from launch.watch import WatchJobConfig, check, render
+from launch.slurm.slurm import SlurmConfig
+from launch.slurm.watch import WatchJobConfig, check, render
 from tests.launch.test_script import NASTY, config
-from train.errors import RunError
-from train.run_dir import RunDir
 
 
 def script(tmp_path: Path, job: WatchJobConfig, cluster: SlurmConfig) -> str:
@@ -74,7 +74,7 @@ def test_before_the_time_limit_the_clip_is_made_and_the_job_comes_back(stage, nu
 def test_a_mistyped_key_is_found_before_anything_is_submitted() -> None:
     with pytest.raises(RunError, match="watch.keys: .*evry"):
         check(WatchJobConfig(True, keys=["evry=5"]))
-    with pytest.raises(RunError, match="no key=value"):
+    with pytest.raises(UserError, match="not a key=value"):
         compose_own(["watch.keys=[5000]"])
     assert compose_own(["cluster=slurm", "watch.enabled=true", 'watch.keys=["every=5"]']).watch.keys == ["every=5"]
 
@@ -84,4 +84,4 @@ def test_here_it_is_a_command_of_its_own(tmp_path: Path, capsys, monkeypatch) ->
 
     monkeypatch.setattr(compose, "_check_data", lambda config: None)
     arguments = ["watch.enabled=true", f"run.root={tmp_path}", "run.id=x", "data.path=nowhere"]
-    assert main(arguments) == 1 and f"python -m tools.watch {tmp_path}/x" in capsys.readouterr().err
+    assert PROGRAM.run(arguments) == 1 and f"mova watch {tmp_path}/x" in capsys.readouterr().err

@@ -90,7 +90,7 @@ class Cluster:
         self.root = root
         self.names = [f"n{number}" for number in range(1, NODES + 1)]
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **os.environ,
             "SLURM_CONF": str(root / "etc" / "slurm.conf"),
         }
         self._configure()
@@ -180,16 +180,32 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """The node's daemon dies at once."""
-        for process in self.processes():
-            if process.cmdline()[:1] == ["slurmd"] and name in process.cmdline():
-                process.send_signal(signal.SIGKILL)
+        self._kill_daemon("slurmd", name)
 
     def revive_node(self, name: str) -> None:
-        """Start its daemon again, in the same namespace."""
+        """Start its daemon again."""
+        self._start_daemon("slurmd", "-D", "-N", name)
+
+    def kill_controller(self) -> None:
+        """The controller dies at once; jobs and nodes go on without it."""
+        self._kill_daemon("slurmctld")
+
+    def revive_controller(self) -> None:
+        """Start the controller again, from the state that it saved."""
+        self._start_daemon("slurmctld", "-D", "-i")
+
+    def _kill_daemon(self, program: str, word: str = "") -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # of a job that has just ended
+                line = process.cmdline()
+                if line[:1] == [program] and (not word or word in line):
+                    process.send_signal(signal.SIGKILL)
+
+    def _start_daemon(self, *command: str) -> None:
+        """In the cluster's namespace."""
         first = psutil.Process(self._process.pid).children()[0].pid
         subprocess.Popen(
-            ["nsenter", f"--target={first}", "--pid", "--mount", "slurmd", "-D", "-N", name, "-f",
-             str(self.root / "etc" / "slurm.conf")],
+            ["nsenter", f"--target={first}", "--pid", "--mount", *command, "-f", str(self.root / "etc" / "slurm.conf")],
             env={**self.environment, "PATH": _path()}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip

@@ -20,8 +20,9 @@ from tests.slurm.cluster import Cluster, cluster, missing
 SMALL = [
     "model.video.dim=48", "model.video.num_heads=1", "model.video.num_layers=1", "model.video.ffn_dim=64",
     "model.audio.dim=48", "model.audio.num_heads=1", "model.audio.num_layers=1", "model.audio.ffn_dim=64",
-    "model.video.text_dim=6", "model.audio.text_dim=6", "model.text_length=4", "data.batch_size=4", "data.window=2",
-    "monitor.wandb=disabled", "objective=phase2", "optim.lr_tower=1e-2", "optim.lr_bridge=1e-2",
+    "model.video.text_dim=6", "model.audio.text_dim=6", "model.text_length=4", "data.batch_size=4",
+    "data.shuffle_shards=2", "monitor.wandb=disabled", "objective=phase2", "optim.lr_tower=1e-2",
+    "optim.lr_bridge=1e-2",
 ]  # fmt: skip
 FAKE = Path(__file__).with_name("fake.sh")
 
@@ -51,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Launcher:
-    """`python -m launch cluster=slurm` as a user types it, from a folder of its own."""
+    """`mova launch cluster=slurm` as a user types it, from a folder of its own."""
 
     def __init__(self, slurm: Cluster, data: Path, folder: Path) -> None:
         self.slurm, self.data, self.folder = slurm, data, folder
@@ -60,7 +61,7 @@ class Launcher:
         given = [
             *SMALL, "cluster=slurm", "cluster.signal_lead=10", "cluster.preflight.enabled=false", "cluster.memory=100",
             f"run.root={self.folder}/runs", f"run.id={run_id}", f"data.path={self.data}",
-            "+cluster.environment.GLOO_SOCKET_IFNAME=lo", "+cluster.environment.OMP_NUM_THREADS='1'",
+            "+cluster.environment.GLOO_SOCKET_IFNAME=lo", "+cluster.environment.OMP_NUM_THREADS=1",
         ]  # fmt: skip
         if fake is not None:
             given += [f"cluster.container=[{FAKE}]", f"+cluster.environment.FAKE={fake}"]
@@ -73,7 +74,7 @@ class Launcher:
             mock.patch.dict(os.environ, self.environment(), clear=True), contextlib.chdir(self.folder),
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
         ):  # fmt: skip
-            status = program.main(list(arguments))
+            status = program.PROGRAM.run(list(arguments))
         return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
     def start_in(self, source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,7 @@
 # Stands before Python in a job (cluster.container): plays the trainer where the scheduler is what is tested, passes all
 # other commands on. FAKE says what it does; it counts steps, obeys the stop file and "commits" every step.
 case " $* " in
-  *" launch.task "*) ;;
+  *" launch.slurm.task "*) ;;
   *) exec "$@" ;;
 esac
 for word in "$@"; do
@@ -16,7 +16,7 @@ run=$root/$id rank=$SLURM_PROCID
 echo "rank $rank on $SLURMD_NODENAME, gpus ${CUDA_VISIBLE_DEVICES:-none}, restart ${SLURM_RESTART_COUNT:-0}, omp $OMP_NUM_THREADS"
 
 say() { echo "{\"state\": \"$1\", \"step\": $2, \"exit_status\": ${3:-0}}" >"$run/status.json.new" && mv "$run/status.json.new" "$run/status.json"; }
-commit() { mkdir -p "$run/checkpoints/step-$(printf %08d "$1")" && touch "$run/checkpoints/step-$(printf %08d "$1")/COMMITTED"; }
+commit() { mkdir -p "$run/checkpoints/step-$(printf %08d "$1")" && echo '{"files": {}}' >"$run/checkpoints/step-$(printf %08d "$1")/COMMITTED"; }
 last() { find "$run/checkpoints" -name COMMITTED | sort | tail -n 1 | sed 's/.*step-0*\([0-9]*\).*/\1/'; }
 
 begun() { echo "$(date +%s.%N) $SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} ${1:-0}" >>"$run/begun"; }

@@ -1,5 +1,6 @@
 """Data preparation as a job array, and phases as a chain of runs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from data.index import DatasetIndex
-from data.prepare import PrepareConfig, prepare
+from data.clip import Bucket
+from data.dataset.index import DatasetIndex
+from data.prepare.curation import PrepareConfig, prepare
 from tests.data.conftest import make_media as make_media
+from tests.shards import make_dataset
 from tests.slurm.conftest import Launcher, Run
 
 SETTINGS = ["frames=17", "height=32", "width=48", "samples_per_shard=3", "text_dim=64", "workers=1"]
@@ -58,23 +61,31 @@ def phases(**given: dict[str, list[str]]) -> str:
     return "phases=of_a_test"
 
 
-def test_phases_follow_each_other(launcher: Launcher) -> None:
-    """Three runs, each from the weights of the one before, one of them on other nodes and with other settings."""
-    chosen = phases(
-        one={"train": ["steps=3"]}, two={"train": ["steps=2", "seed=5"], "cluster": ["cluster.nodes=2"]},
-        three={"train": ["steps=2"]},
-    )  # fmt: skip
-    done = launcher.start(*launcher.arguments("all", chosen))
+def test_the_phases_of_mova_follow_each_other(launcher: Launcher) -> None:
+    """`phases=mova` as it stands, at a tiny size: three runs, each from the weights of the one before, the second on
+    other nodes, the third at another resolution."""
+    for phase, side in (("phase1", 2), ("phase2", 2), ("phase3", 4)):
+        bucket = Bucket(frames=2, height=side, width=side, audio_steps=5, fps=24.0, has_video=True, has_audio=True)
+        for seed, name in enumerate(("speech/train", "other/train", "speech/valid")):
+            make_dataset(launcher.folder / "shards" / phase / name, [(bucket, 4)], seed=seed, dim=6, mixes=True)
+    tiny = [
+        "model=tiny", "parallel=fsdp2", "parallel.ring=1", "parallel.ulysses=1", "parallel.compute_dtype=float32",
+        "parallel.recompute=none", "steps=2", "validation.every=1", "validation.samples=1",
+    ]  # fmt: skip
+    given = launcher.arguments("all", "phases=mova", "phases.phase2.cluster=['cluster.nodes=2']", *tiny)
+    done = launcher.start(*[argument for argument in given if not argument.startswith(("data.path=", "objective="))])
     assert done.returncode == 0, done.stderr
     one, two, three = (
-        Run(launcher.slurm, launcher.folder / "runs" / f"all-{name}") for name in ("one", "two", "three")
+        Run(launcher.slurm, launcher.folder / "runs" / f"all-{name}") for name in ("phase1", "phase2", "phase3")
     )
     state = three.wait("COMPLETED", "FAILED", "CANCELLED", seconds=400)
     assert state == "COMPLETED", one.log() + two.log() + three.log()
     assert [run.status()["state"] for run in (one, two, three)] == ["finished"] * 3
     for before, run in ((one, two), (two, three)):
-        assert f"weights of {before.folder}/checkpoints/step-0000000{before.step()}" in run.log()
+        assert f"tensors of {before.folder}/checkpoints/step-00000002 (checkpoint" in run.log()
     assert launcher.slurm.job(two.job)["NumNodes"] == "2" and list(two.losses()) == [0, 1]
+    grids = [json.loads((run.folder / "layout.json").read_text())["a step of a group"] for run in (one, two, three)]
+    assert "2 x 2 x 2 latents" in grids[0] and "2 x 4 x 4 latents" in grids[2]
 
 
 def test_a_failed_phase_takes_the_next_ones_with_it(launcher: Launcher) -> None:

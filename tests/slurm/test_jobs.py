@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from unittest import mock
 
 from tests.slurm.conftest import Launcher, Run
 
@@ -91,7 +92,7 @@ def test_a_lost_node(launcher: Launcher) -> None:
 
 
 def test_a_crash_loop_ends(launcher: Launcher) -> None:
-    run = launcher.submit("loop", "steps=9", "cluster.fruitless=2", fake="crash")
+    run = launcher.submit("loop", "steps=9", "cluster.max_failed_restarts=2", fake="crash")
     assert run.wait("FAILED", seconds=60) == "FAILED"
     assert len(begun(run)) == 2
     assert "2 attempts in a row gained no step" in run.status()["error"] and run.status()["state"] == "failed"
@@ -205,8 +206,8 @@ def test_nasty_values_arrive_as_they_are(launcher: Launcher, tmp_path: Path) -> 
     comment = 'it\'s "x" $HOME `id`'
     done = launcher.start(
         *launcher.arguments(
-            "nasty", f"run.root={hydra_quote(str(nasty))}", "steps=2",
-            f"+cluster.environment.NASTY={hydra_quote(value)}",
+            "nasty", f"run.root={nasty}", "steps=2",
+            f"+cluster.environment.NASTY={value}",
             f"cluster.options=[{hydra_quote('--comment=' + comment)}]",
             f"cluster.setup=[{hydra_quote('printenv NASTY > ' + str(tmp_path / 'seen'))}]",
             fake="crash",
@@ -220,6 +221,42 @@ def test_nasty_values_arrive_as_they_are(launcher: Launcher, tmp_path: Path) -> 
     assert (nasty / "nasty" / "logs" / f"{run.job}-0.out").exists()
     assert comment in launcher.slurm.run("squeue", "-h", "-a", "-j", run.job, "-o", "%k")
     launcher.slurm.run("scancel", run.job)
+
+
+def test_the_config_wins_over_the_environment(launcher: Launcher) -> None:
+    """What a login shell or a dead job left: another limit and partition, no requeue, another job's variables."""
+    poison = {
+        "SBATCH_TIMELIMIT": "5", "SBATCH_PARTITION": "high", "SBATCH_NO_REQUEUE": "1", "SBATCH_EXCLUSIVE": "user",
+        "SBATCH_ARRAY_INX": "0-3", "SRUN_NTASKS": "1", "SLURM_RESTART_COUNT": "7", "SLURM_NTASKS": "1",
+        "PMIX_RANK": "3", "SLURM_JOB_ID": "999", "CUDA_VISIBLE_DEVICES": "", "MOVA_DEADLINE": "1",
+        "MOVA_STARTED": "9999999999", "MOVA_CODE": "/nowhere", "RANK": "5", "WORLD_SIZE": "64",
+        "MASTER_ADDR": "203.0.113.1",
+    }  # fmt: skip
+    with mock.patch.dict(launcher.slurm.environment, poison):
+        run = launcher.submit(
+            "poisoned", "cluster.time=30", "cluster.partition=main", "cluster.gpus=2",
+            f"cluster.setup=[{hydra_quote('printenv > ' + str(launcher.folder / 'seen'))}]", "steps=3", fake="train",
+        )  # fmt: skip
+        job = launcher.slurm.job(run.job)
+        assert (job["TimeLimit"], job["Partition"], job["Requeue"]) == ("00:30:00", "main", "1")
+    assert run.wait("COMPLETED", "FAILED") == "COMPLETED", run.log()
+    seen = dict(line.split("=", 1) for line in (launcher.folder / "seen").read_text().splitlines() if "=" in line)
+    assert seen["SLURM_RESTART_COUNT"] == "0" and seen["SLURM_JOB_ID"] == run.job
+    left = {"SBATCH_TIMELIMIT", "SRUN_NTASKS", "PMIX_RANK", "MOVA_DEADLINE", "RANK", "WORLD_SIZE"} & seen.keys()
+    assert not left
+    first = (run.folder / "logs" / f"{run.job}-0.out").read_text()
+    node = launcher.slurm.job(run.job)["NodeList"]  # of a job that waits there is none
+    assert first.startswith(f"rank 0 on {node}, gpus 0,1, restart 0")
+
+
+def test_a_default_of_the_shell_holds_where_the_config_says_nothing(launcher: Launcher) -> None:
+    with mock.patch.dict(launcher.slurm.environment, {"SBATCH_PARTITION": "high"}):
+        done = launcher.start(*launcher.arguments("default", "steps=1", fake="train"))
+    assert done.returncode == 0, done.stderr
+    assert "cluster.partition is not given: SBATCH_PARTITION=high of the environment holds" in done.stdout
+    run = Run(launcher.slurm, launcher.folder / "runs" / "default")
+    assert launcher.slurm.job(run.job)["Partition"] == "high"
+    assert run.wait("COMPLETED", "FAILED") == "COMPLETED", run.log()
 
 
 def hydra_quote(text: str) -> str:

@@ -51,11 +51,24 @@ def test_a_bad_node_is_named_and_replaced(launcher: Launcher) -> None:
 def test_a_fault_of_all_nodes_excludes_none(launcher: Launcher) -> None:
     """More GPUs are said to be there than torch sees, on both nodes: the job tries again, and is given up."""
     run = launcher.submit(
-        "all", *ON, "cluster.nodes=2", "cluster.gpus=2", "cluster.fruitless=1", "steps=3", fake="train"
+        "all", *ON, "cluster.nodes=2", "cluster.gpus=2", "cluster.max_failed_restarts=1", "steps=3", fake="train"
     )
     assert run.wait("FAILED", seconds=120) == "FAILED"
-    assert "all nodes fail, so none is to blame: 0 GPUs are there, cluster.gpus=2" in run.status()["error"]
+    assert "all nodes fail, so none is to blame: the node has 0 GPUs, cluster.gpus=2" in run.status()["error"]
     assert not (run.folder / "excluded_nodes").exists() and not run.attempts("replaced")
+
+
+def test_a_node_without_the_data_is_replaced(launcher: Launcher) -> None:
+    """The folder of the dataset is empty on one node, as where a mount is missing."""
+    hidden = 'mount -t tmpfs none "$0" && exec "$@"'
+    what = f'exec unshare --mount bash -c {shlex.quote(hidden)} {shlex.quote(str(launcher.data))} {FAKE} "$@"'
+    container = bad_node(launcher.folder, "n2", what)
+    run = launcher.submit("unmounted", *ON, "cluster.nodes=2", "steps=3", container, fake="train")
+    run.wait_for(lambda run: run.attempts("replaced"), 120, "the node is found")
+    assert (run.folder / "excluded_nodes").read_text() == "n2\n"
+    assert f"node n2 is excluded: {launcher.data} has no index" in run.log()
+    (other,) = run.attempts("replaced")[0]["jobs"]
+    assert run.wait("COMPLETED", "FAILED", seconds=120, job=other) == "COMPLETED", run.log()
 
 
 def test_a_node_that_does_not_answer(launcher: Launcher) -> None:

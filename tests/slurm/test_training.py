@@ -48,10 +48,28 @@ def test_a_preempted_run_has_the_curve_of_an_unbroken_one(launcher: Launcher, un
     assert run.losses() == unbroken.losses()
 
 
+def test_an_upload_that_never_ends_at_a_time_limit(launcher: Launcher) -> None:
+    """SLURM's own clock: the run saves, gives the upload its few seconds, and is requeued before the limit."""
+    upload = 'checkpoint.upload=[sh,-c,"sleep 100000; echo {path}"]'
+    run = launcher.submit(
+        "stuck", "steps=1000000", "cluster.time=2", "cluster.signal_lead=60", "guard.stop_margin=5", upload,
+        "checkpoint.upload_seconds=5", "checkpoint.minutes=0", "checkpoint.permanent_every=0",
+    )  # fmt: skip
+    run.wait_for(lambda run: run.attempts("end"), 120, "it ends within its time limit")
+    (begin,), (end,) = run.attempts("begin"), run.attempts("end")
+    assert (end["ended"], end["status"]) == ("stopped", 0) and end["time"] - begin["time"] < 120, run.log()
+    assert end["step"] > 0 and f"step-{end['step']:08d} wait" in run.log()
+    waiting = json.loads((run.folder / "uploads.json").read_text())["waiting"]
+    assert waiting == [f"step-{end['step']:08d}"]
+    run.wait_for(lambda run: launcher.slurm.job(run.job)["Restarts"] == "1", 30, "it is queued again")
+    assert not launcher.slurm.workers("sleep 100000")
+    launcher.slurm.run("scancel", run.job)
+
+
 def test_ranks_survive_a_signal_before_their_handlers(launcher: Launcher) -> None:
     """USR2 to the ranks as soon as they live does not kill them; USR2 to the batch script stops them when they hear."""
     run = launcher.submit("deaf", "steps=5")
-    launcher.slurm.wait_for(lambda: launcher.slurm.workers("launch.task"), 30, "the ranks start")
+    launcher.slurm.wait_for(lambda: launcher.slurm.workers("launch.slurm.task"), 30, "the ranks start")
     launcher.slurm.run("scancel", "--signal=USR2", f"{run.job}.0")
     launcher.slurm.run("scancel", "--batch", "--signal=USR2", run.job)
     run.wait_for(lambda run: run.attempts("end"), 60, "the first attempt ends")

@@ -1,25 +1,21 @@
 """Clips beside a run, on a real SLURM: the watcher begins with the run and ends after it."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from data.clip import Bucket
-from data.codec import audio, text, video
+from data.codec.builtin import audio, text, video
 from tests.shards import make_dataset
 from tests.slurm.conftest import Launcher
-from train.samples import read_samples
+from train.monitor.samples import read_samples
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     bucket = Bucket(frames=2, height=4, width=8, audio_steps=11, fps=24.0, has_video=True, has_audio=True)
-    folder = make_dataset(tmp_path / "data", [(bucket, 8)], dim=8)
-    record = folder / "index/dataset.json"
     codecs = {"video": video.fingerprint, "audio": audio.fingerprint, "text": text.fingerprint}
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"encoders": codecs}))
-    return folder
+    return make_dataset(tmp_path / "data", [(bucket, 8)], dim=8, encoders=codecs)
 
 
 def test_clips_are_made_beside_the_run(launcher: Launcher, shards: Path) -> None:

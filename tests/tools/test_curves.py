@@ -63,3 +63,19 @@ def test_says_what_is_missing(tmp_path: Path) -> None:
         read_curves(tmp_path)
     with pytest.raises(CurvesError, match=r"\.png"):
         save(draw(read_curves(make_run(tmp_path / "run")), "run"), tmp_path / "losses.doc")
+
+
+def test_the_last_point_is_smoothed_like_the_others(tmp_path):
+    """One outlier at the right edge, five times as high as the 49 before it: the line must not jump there."""
+    run = tmp_path / "run"
+    run.mkdir()
+    losses = [1.0] * 49 + [5.0]
+    lines = [
+        json.dumps({"step": step, "train/loss": loss, "train/loss_video": loss, "train/expert": "high"})
+        for step, loss in enumerate(losses)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (axes,) = draw(read_curves(run), "run").axes
+    faint, smoothed = [line.get_ydata() for line in axes.lines]
+    assert list(faint) == losses
+    assert smoothed[-1] == pytest.approx(2.0)  # the mean of 1, 1, 1, 5: the window reaches 3 points back

@@ -1,4 +1,4 @@
-"""python -m tools.report: one page, whole without a network, of runs that are well, broken, long or unfriendly."""
+"""mova report: one page, whole without a network, of runs that are well, broken, long or unfriendly."""
 
 import json
 import re
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
+from core.errors import RunError
+from core.run_dir import RunDir
 from tools.report.__main__ import render
 from tools.report.charts import make_charts, smooth, ticks
 from tools.report.facts import busy_seconds, read_facts
 from tools.report.history import WIDTH, read_history
 from tools.report.timeline import make_timeline
-from train.errors import RunError
-from train.run_dir import RunDir
-from train.samples import Sample, add_samples, held_out_file
+from train.monitor.samples import SampleRecord, add_samples, held_out_file
 
 NASTY = "</script><script>alert(1)</script>&\"'{{ 7*7 }}"
 NOW = 1_790_000_000.0
@@ -71,7 +71,8 @@ def make_run(root: Path, steps: int = 100) -> RunDir:
             (root / f"samples/step-{step:08d}").mkdir(parents=True, exist_ok=True)
             (root / f"samples/step-{step:08d}/{name}.mp4").write_bytes(bytes([step]) * 3000)
             add_samples(
-                root, [Sample(step, f"step-{step:08d}/{name}.mp4", "image", NASTY, 0, "key", {}, 1.0, {"f1": 0.5})]
+                root,
+                [SampleRecord(step, f"step-{step:08d}/{name}.mp4", "image", NASTY, 0, "key", {}, 1.0, {"f1": 0.5})],
             )
     held_out_file(root, "key").parent.mkdir()
     held_out_file(root, "key").write_bytes(b"held out")
@@ -126,7 +127,7 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     assert facts.resumed == [20] and [one.ended for one in facts.attempts] == ["killed", "crashed"]
     assert busy_seconds(facts.attempts) == 400.0
     page = render(run, 12, 10**7)
-    for word in ("1 lines cannot be read", "train/loss_audio_low 1", "checkpoints: there is none yet",
+    for word in ("1 lines cannot be read", "train/loss_audio_low 1", "checkpoints: none yet",
                  "does not exist", "100 of 100", "f1 <b>0.5</b>", "8 on cuda", "held out: what was given"):  # fmt: skip
         assert word in page, word
 
@@ -141,7 +142,7 @@ def test_a_run_without_one_piece_is_shown_all_the_same(tmp_path, gone):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = render(run, 12, 10**7)
     Page(page)
-    assert gone.split(".")[0] in page.split("What is missing here")[1]
+    assert gone.split(".")[0] in page.split("Missing from this page")[1]
 
 
 def test_damaged_pieces_are_said(tmp_path):
@@ -167,7 +168,7 @@ def test_checkpoints_are_listed_with_what_the_newest_says(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="is not a run"):
         render(RunDir(tmp_path), 12, 10**7)
 
 
@@ -226,11 +227,11 @@ def test_axes_have_round_numbers_and_smoothing_keeps_a_line():
 def test_the_program(tmp_path):
     run = make_run(tmp_path / "a run")
     command = [sys.executable, "-m", "tools.report"]
-    done = subprocess.run([*command, str(run.root), f"out='{tmp_path}/x.html'"], capture_output=True, text=True)
+    done = subprocess.run([*command, str(run.root), f"out={tmp_path}/x.html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.html").read_text().startswith("<!doctype html>")
     done = subprocess.run([*command, f"{tmp_path}/nothing"], capture_output=True, text=True)
-    assert done.returncode == 1 and "nothing is no run" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "nothing is not a run" in done.stderr and "Traceback" not in done.stderr
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

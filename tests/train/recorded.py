@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tests.train import runs
-from tests.train.faults import planted
+from tests.train.planted import planted
 from train import loop
 
 Record = list[dict[int, dict[str, torch.Tensor]]]  # a step: sample number -> its draws

@@ -9,30 +9,36 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_module
 
-from data.errors import DataError
+from core.errors import UserError
 from train import loop
-from train.config import register, to_dataclass
-from train.errors import RunError
-from train.mesh import make_layout
+from train.config import compose_train
+from train.parallel.mesh import make_layout
 
 SMALL = [
     "model.video.dim=48", "model.video.num_heads=1", "model.video.num_layers=2", "model.video.ffn_dim=64",
     "model.video.freq_dim=32", "model.audio.dim=48", "model.audio.num_heads=1", "model.audio.num_layers=1",
     "model.audio.ffn_dim=64", "model.audio.freq_dim=32", "model.video.text_dim=6", "model.audio.text_dim=6",
     "model.text_length=4", "objective=phase2", "optim.warmup=2", "optim.lr_tower=1e-2", "optim.lr_bridge=1e-2",
-    "data.batch_size=4", "data.window=2", "monitor.wandb=disabled", "validation.every=3", "validation.samples=3",
+    "data.batch_size=4", "data.shuffle_shards=2", "monitor.wandb=disabled", "validation.every=3",
+    "validation.samples=3",
 ]  # fmt: skip
 
 
 def train(
-    root: Path, data: Path, run_id: str, *overrides: str, kill_after: int | None = None, poison: int | None = None
+    root: Path,
+    data: Path,
+    run_id: str,
+    *overrides: str,
+    kill_after: int | None = None,
+    poison: int | None = None,
+    of_source: bool = False,
 ) -> dict:
     """One run; returns how it ended, or the one message that it ended with. `kill_after`: SIGTERM to this rank's own
-    process when that many steps are done; `poison`: a NaN in a latent of rank 1 in that step."""
-    register()
-    arguments = [*SMALL, f"run.root={root}", f"run.id={run_id}", f"data.path={data}", *overrides]
+    process when that many steps are done; `poison`: a NaN in a latent of rank 1 in that step; `of_source`: the model is
+    that of the weights."""
+    small = [given for given in SMALL if not (of_source and given.startswith("model."))]
+    arguments = [*small, f"run.root={root}", f"run.id={run_id}", f"data.path={data}", *overrides]
     restore = loop.forward_backward
     done = 0
 
@@ -48,11 +54,11 @@ def train(
     loop.forward_backward = counted  # type: ignore[assignment]
     said = io.StringIO()
     try:
-        with initialize_config_module("conf", version_base=None), redirect_stderr(said):
-            config, resolved = to_dataclass(compose("train", arguments))
+        with redirect_stderr(said):
+            config, resolved = compose_train(arguments)
             ending = loop.run(config, resolved, make_layout(config.parallel, torch.device("cpu")))
         return {"ending": ending, "said": said.getvalue()}
-    except (RunError, DataError) as error:
+    except UserError as error:
         return {"error": str(error), "said": said.getvalue()}
     finally:
         loop.forward_backward = restore

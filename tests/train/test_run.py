@@ -4,15 +4,17 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 
 from data.clip import Bucket
 from tests.distributed import run_cases
@@ -167,21 +169,40 @@ def alone(place, finished):
             "layout": (runs.train, (place, data, "m", "parallel.dp_shard=3")),
             "bad_id": (runs.train, (place, data, "a/b", "steps=1")),
             "stop_file": (stop_by_file, (place, data)),
+            "older": (of_an_older_version, (place, data)),
         },
     )
 
 
+def of_an_older_version(place, data):
+    """A run that asked for `data.captioner=plain`, when segments did not record whose captions they read."""
+    runs.train(place, data, "older", "steps=2", "data.captioners={plain: 1}")
+    root = place / "older"
+    checkpoint = root / "checkpoints" / "step-00000002"
+    state = json.loads((checkpoint / "state.json").read_text())
+    for config in (state["config"], written := yaml.safe_load((root / "config.yaml").read_text())):
+        del config["data"]["captioners"]
+        config["data"]["captioner"] = "plain"
+    del state["data"]["empty_captions"]
+    for segment in state["data"]["segments"]:
+        for name in ("captioners", "texts", "order_step"):
+            del segment[name]
+    (root / "config.yaml").write_text(yaml.safe_dump(written))
+    content = json.dumps(state).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    marker = json.loads((checkpoint / "COMMITTED").read_text())
+    marker["files"]["state.json"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (checkpoint / "COMMITTED").write_text(json.dumps(marker))
+    results = [runs.train(place, data, "older", "steps=4", *mix) for mix in ([], ["data.captioners={plain: 1}"])]
+    return results, json.loads((root / "checkpoints" / "step-00000004" / "state.json").read_text())["data"]
+
+
 def stop_by_file(place, data):
     """A file `stop` that appears while the run is under way."""
-    result = {}
-
-    def appear(*_):
-        (place / "file" / "stop").touch()
-
-    signal.signal(signal.SIGALRM, appear)
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    timer = threading.Timer(1.5, (place / "file" / "stop").touch)
+    timer.start()
     result = runs.train(place, data, "file", "steps=100000", "validation.every=0")
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    timer.join()
     return result | {"left": (place / "file" / "stop").exists(), "state": status(place, "file")["state"]}
 
 
@@ -196,7 +217,7 @@ def test_one_process_follows_the_same_curve_as_two(place, alone):
 
 
 def test_a_half_written_and_a_damaged_checkpoint_are_passed_over(place, alone):
-    """They are named (by the logger of train.checkpoint); the run goes on from the last good one."""
+    """They are named (by the logger of train.checkpoint.checkpoint); the run goes on from the last good one."""
     assert alone["half_written"][0]["ending"] == "finished"
     assert "resumed from" in alone["half_written"][0]["said"] and "step-00000009" in alone["half_written"][0]["said"]
 
@@ -218,7 +239,7 @@ def test_a_nan_in_a_latent_costs_the_sample_not_the_run(place, alone):
             r"(?s)past 10 steps can't be changed \(recorded -> now\).*dataset: [0-9a-f]{64} -> [0-9a-f]{64}",
         ),
         ("another_model", r"(?s)exists with another config.*model.video.ffn_dim: 64 -> 32"),
-        ("missing", "nowhere does not exist.*python -m data.prepare"),
+        ("missing", "nowhere does not exist.*mova prepare"),
         ("empty", "empty .*no index.*|empty.*index"),
         ("cut", "av-000000.tar.*bytes"),
         ("text_width", "text embeddings of width 7, the model reads 6; prepare the data with text_dim=6"),
@@ -236,6 +257,14 @@ def test_bad_input_ends_in_one_clear_message(alone, case, message):
 def test_weights_of_another_model_are_refused_side_by_side(alone):
     error = alone["weights_of_another"][0]["error"]
     assert "written under another config" in error and "model.video.ffn_dim: 64 -> 32" in error
+
+
+def test_a_run_of_an_older_version_goes_on_with_its_captioner(alone):
+    (other, same), state = alone["older"][0]
+    assert "captioners: plain 1 -> each dataset's first" in other["error"]
+    assert same["ending"] == "finished" and state["position"] == 4
+    [segment] = state["segments"]
+    assert segment["captioners"] == {"plain": "1"} and segment["texts"]  # recorded from now on
 
 
 def test_a_stop_file_ends_the_run_and_is_taken_away_on_resume(alone):
@@ -259,7 +288,7 @@ def test_killed_at_any_moment_and_resumed_equals_the_unbroken_run(place, finishe
         assert first.poll() is None
         time.sleep(0.02)
     second = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=120)
-    assert second.returncode != 0 and "run 'killed' is being trained already, by process" in second.stderr
+    assert second.returncode != 0 and "run 'killed' is already being trained by process" in second.stderr
     launcher = psutil.Process(first.pid)
     workers = launcher.children(recursive=True)
     for process in [launcher, *workers]:
@@ -288,7 +317,7 @@ def test_wandb_offline_run_carries_the_name_and_the_config(place, finished, tmp_
 def test_training_learns():
     """The loss on one batch, again and again, falls: the gradient points where it should."""
     from tests.train import cases
-    from train.optim import OptimConfig, ShardedOptimizer
+    from train.engine.optim import OptimConfig, ShardedOptimizer
 
     model = cases.reference_model(cases.tiny_config(), torch.float32)
     optimizer = ShardedOptimizer(model, OptimConfig(lr_tower=3e-3, lr_bridge=3e-3, warmup=0), None)

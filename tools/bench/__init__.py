@@ -1,1 +1,1 @@
-"""Programs that measure, and write what they measured to `bench/` with hardware, commit, command and date."""
+"""Benchmarks, which write their results to `bench/` with hardware, commit, command and date."""

@@ -1,4 +1,4 @@
-"""A measured result as a file: what was run, on what, when, and the table."""
+"""A measured result as a file: command, hardware, date, and the table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def commit() -> str:
 
 
 def write_record(path: Path, title: str, command: str, rows: Sequence[tuple[str, str]], notes: str) -> None:
-    """Write one Markdown file with its circumstances and a two-column table."""
+    """Write one Markdown file with its circumstances and a two-column table, and print the table."""
     lines = [f"# {title}", "", f"- command: `{command}`", f"- hardware: {hardware()}; GPU: not measured"]
     if torch.cuda.is_available():
         lines[-1] = f"- hardware: {hardware()}"
@@ -42,3 +42,4 @@ def write_record(path: Path, title: str, command: str, rows: Sequence[tuple[str,
     lines += ["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", notes, ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
+    print("\n".join(f"{name}: {value}" for name, value in rows) + f"\nwritten to {path}")

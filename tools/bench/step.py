@@ -1,38 +1,38 @@
-"""Steps per second and peak memory of one process, beside the floor: the model's FLOPs at the measured matmul rate.
+"""Step time and peak memory of one process, compared with the floor: the model's FLOPs at the measured matmul rate.
 
-    python -m tools.bench.step model=small                  # writes bench/step-small.md
-
-Keys: model (a file of conf/model), batch (clips a step), steps (timed, after 2 for warming up), output (folder).
+mova bench step model=small   # writes bench/results/step-small.md
 """
 
 from __future__ import annotations
 
 import resource
 import statistics
-import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
 import torch.distributed as dist
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
+from torch import Tensor
 
+from core.compose import Schema
+from core.program import Call, Program
 from data.batch import Batch
 from data.clip import Bucket
 from model.joint import JointConfig
 from tools.bench.record import write_record
-from train.feed import Prepared
-from train.flops import forward_flops
-from train.mesh import ParallelConfig, make_layout, start_process_group
-from train.noise import draw
-from train.objective import Objective, ObjectiveConfig
-from train.optim import OptimConfig, ShardedOptimizer
-from train.parallelize import build_model
+from train.engine.engine import build_engine
+from train.engine.optim import OptimConfig, ShardedOptimizer
+from train.monitor.counters import CollectiveCounter
+from train.objective.noise import Prepared, draw
+from train.objective.objective import Objective, ObjectiveConfig
+from train.parallel.flops import forward_flops
+from train.parallel.mesh import Layout, ParallelConfig, make_layout, start_process_group
+from train.parallel.parallelize import build_model
 from train.step import forward_backward
 
 CLIP = Bucket(
@@ -42,27 +42,67 @@ CLIP = Bucket(
 
 @dataclass
 class StepBench:
-    """What is measured."""
+    """The steps of the measurement.
+
+    batch: clips per step
+    steps: number of timed steps
+    output: folder of the record
+    """
 
     model: JointConfig = MISSING
     batch: int = 4
     steps: int = 10
-    output: str = "bench"
+    output: str = "bench/results"
 
 
-def make_batch(config: JointConfig, clips: int, step: int, objective: Objective) -> Prepared:
-    """Random latents of the quickstart's geometry: 49 frames of 64 x 64 pixels with 2 s of sound."""
+def make_batch(config: JointConfig, clips: int, step: int, objective: Objective, clip: Bucket = CLIP) -> Prepared:
+    """Random latents of one geometry, the quickstart's by default: 49 frames of 64 x 64 pixels with 2 s of sound."""
     g = torch.Generator().manual_seed(step)
-    rand = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
-    ones, grid = torch.ones(clips), (CLIP.frames, CLIP.height, CLIP.width)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).bfloat16()
+
+    ones, grid = torch.ones(clips), (clip.frames, clip.height, clip.width)
     batch = Batch(
-        step=step, bucket=CLIP, keys=[""] * clips, sample_numbers=np.arange(clips) + clips * step,
-        video=rand(clips, 16, *grid), audio=rand(clips, config.audio.in_dim, CLIP.audio_steps),
+        step=step, bucket=clip, keys=[""] * clips, sample_numbers=np.arange(clips) + clips * step,
+        video=rand(clips, 16, *grid), audio=rand(clips, config.audio.in_dim, clip.audio_steps),
         condition=rand(clips, 20, *grid), text=rand(clips, config.text_length, config.video.text_dim),
         empty_text=rand(config.text_length, config.video.text_dim),
         weight=ones, video_weight=ones, audio_weight=ones, total_weight=float(clips),
     )  # fmt: skip
     return Prepared(batch, draw(batch, objective, seed=0))
+
+
+def timed_steps(
+    config: JointConfig,
+    parallel: ParallelConfig,
+    clips: int,
+    steps: int,
+    experts: Sequence[str] = ("high",),
+    counter: Callable[[Layout], CollectiveCounter] = CollectiveCounter,
+) -> tuple[list[float], list[CollectiveCounter]]:
+    """Train as a rank of a process group that there is. Returns the seconds of `steps` steps, whose experts take turns,
+    and a counter of one step of each expert. Before them come two of each to warm up, the second of which are counted.
+    """
+    layout = make_layout(parallel, torch.device("cpu"))
+    objective = Objective(ObjectiveConfig(), config.experts)
+    engine = build_engine(config, parallel, OptimConfig(), layout, seed=0)
+    times: list[float] = []
+    counters: list[CollectiveCounter] = []
+    warm = 2 * len(experts)
+    for step in range(warm + steps):
+        expert = experts[step % len(experts)]
+        prepared = make_batch(config, clips, step, objective)
+        if len(experts) <= step < warm:
+            counters.append(counter(layout))
+        dist.barrier()
+        begin = time.perf_counter()
+        with counters[-1] if len(experts) <= step < warm else nullcontext():
+            forward_backward(engine.model, [prepared], objective.config, expert, layout, engine.backward)
+            engine.step(1.0, expert)
+        if step >= warm:
+            times.append(time.perf_counter() - begin)
+    return times, counters
 
 
 def matmul_rate(seconds: float = 2.0) -> float:
@@ -106,36 +146,36 @@ def measure(bench: StepBench) -> list[tuple[str, str]]:
     state = parameters * 16 / 2**30
     return [
         ("parameters", f"{parameters:,}"),
-        ("clips, tokens a step", f"{bench.batch}, {tokens:,}"),
+        ("clips, tokens per step", f"{bench.batch}, {tokens:,}"),
         ("step time, median (min to max)", f"{median:.3f} s ({min(times):.3f} to {max(times):.3f})"),
-        ("steps a second", f"{1 / median:.2f}"),
-        ("model FLOPs a step", f"{flops / 1e12:.3f} TFLOP"),
+        ("steps per second", f"{1 / median:.2f}"),
+        ("model FLOPs per step", f"{flops / 1e12:.3f} TFLOP"),
         ("measured matmul rate, float32", f"{rate / 1e9:.0f} GFLOP/s"),
         ("floor: FLOPs at that rate", f"{floor:.3f} s a step"),
         ("step time over floor", f"{median / floor:.2f}"),
-        ("peak memory of the process", f"{peak_memory():.2f} GiB, {before:.2f} GiB of it before the model was made"),
+        (
+            "peak memory of the process",
+            f"{peak_memory():.2f} GiB, of which {before:.2f} GiB before the model was built",
+        ),
         ("floor of memory: weights, gradients, moments of all parameters", f"{state:.2f} GiB"),
     ]
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="bench_step")
-def main(config: DictConfig) -> None:
-    """Entry point."""
-    bench = OmegaConf.to_object(config)
-    assert isinstance(bench, StepBench)
-    rows, name = measure(bench), HydraConfig.get().runtime.choices["model"]
+def run(call: Call[StepBench]) -> None:
+    """Measure and write the record."""
+    bench = call.config
+    rows, name = measure(bench), call.choices["model"]
     path = Path(bench.output) / f"step-{name}.md"
-    command = f"python -m tools.bench.step {' '.join(sys.argv[1:])}".strip()
-    write_record(path, f"A training step of `{name}` on one process", command, rows, NOTES)
-    print("\n".join(f"{what}: {value}" for what, value in rows) + f"\nwritten to {path}")
+    write_record(path, f"A training step of `{name}` on one process", call.command, rows, NOTES)
 
 
 NOTES = (
-    "Forward, backward, clipping and AdamW through the same functions that training uses (FSDP2 on a mesh of one), "
-    "random latents in memory. FLOPs: 3 x forward, formula in `train/flops.py`."
+    "Forward, backward, clipping and AdamW through the same functions that training uses (one rank), "
+    "random latents in memory. FLOPs: 3 x forward, formula in `train/parallel/flops.py`."
 )
 
 
+PROGRAM = Program("bench step", __doc__, run, schema=Schema("bench_step", StepBench, (("model", "small"),)))
+
 if __name__ == "__main__":
-    ConfigStore.instance().store(name="bench_step_schema", node=StepBench)
-    main()
+    PROGRAM.start()

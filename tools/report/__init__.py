@@ -1,1 +1,1 @@
-"""One HTML page about a run, complete in itself: `python -m tools.report runs/ID` (see __main__.py)."""
+"""A self-contained HTML page about a run: `mova report runs/ID` (see __main__.py)."""

@@ -1,57 +1,57 @@
-"""One HTML page about a run, complete in itself: curves, speed, memory, restarts, checkpoints, data, layout, samples.
+"""Write a self-contained HTML page about a run: curves, speed, memory, restarts, checkpoints, data, layout, samples.
 
-    python -m tools.report runs/try1                     # -> runs/try1/report.html; also run=runs/try1 out=report.html
+    mova report runs/try1                     # -> runs/try1/report.html; also run=runs/try1 out=report.html
 
-It needs no network and fetches nothing: style, script, curves and clips (with sound) are inside. A run may be looked at
-while it trains. What is missing or damaged is said on the page. docs/watching.md shows one.
+It needs no network and fetches nothing: style, script, curves and clips (with sound) are inside. The run may still
+be training. The page lists what is missing or damaged. docs/watching.md shows one.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from hydra.core.config_store import ConfigStore
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
-from tools.command import run_first, said_in_one_line
+from core.compose import Schema
+from core.durable import write_atomically
+from core.errors import RunError
+from core.program import Call, Program
+from core.ranges import bounded
+from core.run_dir import RunDir
 from tools.report import charts
 from tools.report.charts import make_charts
 from tools.report.facts import MOST_EVENTS, Facts, read_facts
 from tools.report.history import read_history
 from tools.report.timeline import make_timeline
-from train.errors import RunError
-from train.run_dir import RunDir, write_atomically
 
 HERE = Path(__file__).parent
 
 
 @dataclass
 class ReportConfig:
-    """conf/report.yaml. `run`: a run directory; `out`: the page (null: report.html in it). `samples`: so many of the
-    newest clips, at most `sample_megabytes` together, which with a few MB for curves bounds the page's size."""
+    """The run, and limits on the page's size.
+
+    run: a run directory; `run=` may be omitted for the first argument
+    out: file of the page (null: report.html in the run directory)
+    samples: number of clips on the page, the newest ones
+    sample_megabytes: their largest total size in MB, which with a few MB for curves bounds the page's size
+    """
 
     run: str = MISSING
     out: str | None = None
-    samples: int = 12
-    sample_megabytes: float = 24.0
-
-    def __post_init__(self) -> None:
-        if self.samples < 0 or not 0 <= self.sample_megabytes < math.inf:
-            raise ValueError(f"samples={self.samples} sample_megabytes={self.sample_megabytes}: give 0 or more")
+    samples: int = bounded(12, "[0, inf)")
+    sample_megabytes: float = bounded(24.0, "[0, inf)")
 
 
 def render(run: RunDir, samples: int, sample_bytes: int) -> str:
-    """The page. RunError when the folder holds nothing of a run."""
+    """The page. RunError if the folder holds nothing of a run."""
     if not any(path.exists() for path in (run.config, run.metrics, run.status)):
-        raise RunError(f"{run.root} is no run: it holds neither config.yaml nor metrics.jsonl; give runs/ID")
+        raise RunError(f"{run.root} is not a run: it has neither config.yaml nor metrics.jsonl; give runs/ID")
     history = read_history(run.metrics)
     facts = read_facts(run, history.done, samples, sample_bytes)
     _tell_missing(facts, history.records, history.unreadable, dict(history.not_finite))
@@ -68,7 +68,7 @@ def render(run: RunDir, samples: int, sample_bytes: int) -> str:
         facts=facts, charts=drawn, timeline=make_timeline(facts), most_events=MOST_EVENTS,
         sections=[name for name, part in parts.items() if part],
         thinned=any(curve.thinned for curve in history.curves.values()),
-        described=f"{run.root}, looked at on {time.strftime('%Y-%m-%d at %H:%M')}",
+        described=f"{run.root}, as of {time.strftime('%Y-%m-%d at %H:%M')}",
         css=Markup((HERE / "page.css").read_text()), script=Markup((HERE / "page.js").read_text()),
         left=charts.LEFT, top=charts.TOP, plot_width=charts.WIDTH, plot_height=charts.HEIGHT,
         width=charts.LEFT + charts.WIDTH + 12, height=charts.TOP + charts.HEIGHT + charts.BOTTOM,
@@ -79,31 +79,23 @@ def _tell_missing(facts: Facts, records: int, unreadable: int, not_finite: dict[
     if not records:
         facts.missing.append("metrics.jsonl: no step was recorded, so there are no curves")
     if unreadable:
-        facts.missing.append(f"metrics.jsonl: {unreadable:,} lines cannot be read (a run that died left them half)")
+        facts.missing.append(f"metrics.jsonl: {unreadable:,} lines cannot be read (truncated when the run died)")
     if not_finite:
         what = ", ".join(f"{name} {count:,}" for name, count in sorted(not_finite.items()))
         facts.missing.append(f"values that were not finite, or that no sample of the step had: {what}")
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="report")
-def _run(config: DictConfig) -> None:
-    with said_in_one_line("python -m tools.report runs/ID"):
-        typed = OmegaConf.to_object(config)
-        assert isinstance(typed, ReportConfig)
-        run = RunDir(Path(typed.run))
-        page = render(run, typed.samples, round(typed.sample_megabytes * 1e6))
-        out = Path(typed.out) if typed.out is not None else run.root / "report.html"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, page)
-        print(f"{out}: {os.path.getsize(out) / 1e6:.1f} MB")
+def _run(call: Call[ReportConfig]) -> None:
+    config = call.config
+    run = RunDir(Path(config.run))
+    page = render(run, config.samples, round(config.sample_megabytes * 1e6))
+    out = Path(config.out) if config.out is not None else run.root / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+    print(f"{out}: {os.path.getsize(out) / 1e6:.1f} MB")
 
 
-def main() -> None:
-    """The program: reads the command line, prints errors without a traceback."""
-    ConfigStore.instance().store(name="report_schema", node=ReportConfig)
-    sys.argv[1:] = run_first(sys.argv[1:])
-    _run()
-
+PROGRAM = Program("report", __doc__, _run, schema=Schema("report", ReportConfig, ()), first="run")
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.start()

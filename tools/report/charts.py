@@ -1,6 +1,6 @@
 """Curves as SVG: which metrics share a chart, the axes, the paths. The page's script only adds the readout.
 
-Metrics are found by their names; one that no chart asks for gets a chart of its own, so that none is lost.
+Metrics are selected by name; one that no chart selects gets its own chart, so that none is lost.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ import numpy as np
 from tools.report.history import Curve, History
 
 WIDTH, HEIGHT = 560.0, 170.0  # of the plot, in the units of its viewBox
-LEFT, TOP, BOTTOM = 52.0, 8.0, 22.0  # room for the numbers of the axes
+LEFT, TOP, BOTTOM = 52.0, 8.0, 22.0  # margins for the numbers of the axes
 NOISY = 40  # points from which a curve of training is smoothed, the points themselves drawn faintly
 SMOOTHING = 0.04  # of the points: width of the window
 OUTLIERS = 0.5  # percent of the points at either end that may lie outside of the axis
 MOST_CURVES = 12  # in one chart
 COLOURS = 8
 MEANING = {"valid/": 2, "high": 0, "low": 1, "bridge": 4, "audio": 3, "tower": 5}  # word in a name -> its colour
+# Kinds of kernels, planned and profiled (train/monitor/kernel_kinds.py), by what a chart calls them.
+KERNELS = {
+    "gemm": "matrix products", "attention": "attention", "elementwise": "elementwise kernels",
+    "collectives": "collectives", "host_copies": "copies from and to the host",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Kind:
+class ChartKind:
     """A chart that a page has when there are metrics for it. `names`: a pattern; `zero`: the axis begins at 0."""
 
     section: str
@@ -37,25 +42,29 @@ class Kind:
 
 
 KINDS = (
-    Kind("Losses", "Video", r"train/loss_video(_high|_low)?|valid/video"),
-    Kind("Losses", "Audio", r"train/loss_audio(_high|_low)?|valid/audio"),
-    Kind("Losses", "Weighed sum", r"train/loss( \(.*\))?|valid/loss"),
-    Kind("Losses", "Validation by expert", r"valid/(video|audio)_(high|low)"),
-    Kind("Losses", "Validation of the averaged weights", r"valid/ema/.*"),
-    Kind("Losses", "Video by noise level", r"train/loss_video_noise_.*"),
-    Kind("Losses", "Audio by noise level", r"train/loss_audio_noise_.*"),
-    Kind("Optimization", "Gradient norm", r"train/grad_norm.*"),
-    Kind("Optimization", "Parameter norm", r"train/param_norm.*"),
-    Kind("Optimization", "Update to weight", r"train/update_ratio.*"),
-    Kind("Optimization", "Learning rate", r"train/lr.*", zero=True),
-    Kind("Optimization", "Bridge: what it adds to the stream", r"train/bridge.*", zero=True),
-    Kind("Speed and memory", "Tokens a second", r"perf/tokens.*", zero=True),
-    Kind("Speed and memory", "Clips a second", r"perf/clips.*", zero=True),
-    Kind("Speed and memory", "MFU and HFU", r"perf/(mfu|hfu).*", zero=True),
-    Kind("Speed and memory", "Time of a step", r"perf/step_time", "s", zero=True),
-    Kind("Speed and memory", "Waiting", r"perf/.*(wait|stall).*", "s", zero=True),
-    Kind("Speed and memory", "Bytes sent by a rank", r"perf/comm/.*_bytes", zero=True),
-    Kind("Speed and memory", "Memory", r"perf/memory.*", "GiB", zero=True),
+    ChartKind("Losses", "Video", r"train/loss_video(_high|_low)?|valid/video"),
+    ChartKind("Losses", "Audio", r"train/loss_audio(_high|_low)?|valid/audio"),
+    ChartKind("Losses", "Weighted sum", r"train/loss( \(.*\))?|valid/loss"),
+    ChartKind("Losses", "Validation by expert", r"valid/(video|audio)_(high|low)"),
+    ChartKind("Losses", "Validation of the averaged weights", r"valid/ema/.*"),
+    ChartKind("Losses", "Video by noise level", r"train/loss_video_noise_.*"),
+    ChartKind("Losses", "Audio by noise level", r"train/loss_audio_noise_.*"),
+    ChartKind("Optimization", "Gradient norm", r"train/grad_norm.*"),
+    ChartKind("Optimization", "Parameter norm", r"train/param_norm.*"),
+    ChartKind("Optimization", "Update to weight", r"train/update_ratio.*"),
+    ChartKind("Optimization", "Learning rate", r"train/lr.*", zero=True),
+    ChartKind("Optimization", "Bridge: its addition relative to the stream", r"train/bridge.*", zero=True),
+    ChartKind("Speed and memory", "Tokens per second", r"perf/tokens.*", zero=True),
+    ChartKind("Speed and memory", "Clips per second", r"perf/clips.*", zero=True),
+    ChartKind("Speed and memory", "MFU and HFU", r"perf/(planned_)?(mfu|hfu).*", zero=True),
+    ChartKind("Speed and memory", "Step time", r"perf/(planned_)?step_time", "s", zero=True),
+    *(
+        ChartKind("Speed and memory", f"Time of {title}", rf"perf/(planned|profiled)_{kind}_time", "s", zero=True)
+        for kind, title in KERNELS.items()
+    ),
+    ChartKind("Speed and memory", "Waiting", r"perf/.*(wait|stall).*", "s", zero=True),
+    ChartKind("Speed and memory", "Bytes sent by a rank", r"perf/comm/.*_bytes", zero=True),
+    ChartKind("Speed and memory", "Memory", r"perf/(planned_)?memory.*", "GiB", zero=True),
 )
 SECTIONS = {"train": "Optimization", "valid": "Losses", "perf": "Speed and memory", "data": "Data seen"}
 ORDER = ("Losses", "Optimization", "Speed and memory", "Data seen", "Other metrics")
@@ -76,7 +85,7 @@ class Line:
 
 @dataclass
 class Chart:
-    """What the page draws. Positions are in the viewBox; `data`: what the readout shows."""
+    """A chart to draw. Positions are in the viewBox; `data`: values for the readout."""
 
     section: str
     title: str
@@ -101,11 +110,11 @@ def make_charts(history: History, resumed: Sequence[int]) -> dict[str, list[Char
             sections[kind.section].append(chart)
     for name, curve in sorted(left.items()):
         section = SECTIONS.get(name.partition("/")[0], "Other metrics")
-        sections[section].append(_chart(Kind(section, name, ""), [curve], history.steps, resumed))
+        sections[section].append(_chart(ChartKind(section, name, ""), [curve], history.steps, resumed))
     return {name: charts for name, charts in sections.items() if charts}
 
 
-def _chart(kind: Kind, curves: list[Curve], steps: int, resumed: Sequence[int]) -> Chart:
+def _chart(kind: ChartKind, curves: list[Curve], steps: int, resumed: Sequence[int]) -> Chart:
     shown = curves[:MOST_CURVES]
     low, high = _limits(shown, kind.zero)
     lines, outside = [], 0
@@ -124,7 +133,7 @@ def _chart(kind: Kind, curves: list[Curve], steps: int, resumed: Sequence[int]) 
 
 
 def _colours(names: list[str]) -> list[int]:
-    """A colour a curve: that of what it means where no curve before has it, for the others what is left."""
+    """A colour for each curve: the one of its meaning if no earlier curve has it, for the others one of the rest."""
     mixed = not all(name.startswith("valid/") for name in names)  # validation beside training
     chosen: dict[str, int] = {}
     for name in names:
@@ -137,7 +146,7 @@ def _colours(names: list[str]) -> list[int]:
 
 
 def _limits(curves: list[Curve], zero: bool) -> tuple[float, float]:
-    """Of the y axis: a few outliers may lie outside, else one spike would flatten all the rest."""
+    """Limits of the y axis: a few outliers may lie outside, since one spike would flatten everything else."""
     lows, highs = np.concatenate([one.low for one in curves]), np.concatenate([one.high for one in curves])
     few = len(lows) < 4 * NOISY
     low = float(lows.min() if few else np.percentile(lows, OUTLIERS))
@@ -167,14 +176,15 @@ def _line(curve: Curve, colour: int, steps: int, low: float, high: float) -> Lin
 def smooth(values: np.ndarray) -> np.ndarray:
     """[n] centred moving mean; the window shrinks at both ends, so that they are not drawn towards the middle."""
     half = max(1, round(SMOOTHING * len(values)))
-    places = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(places, places[::-1]))
+    positions = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(positions, positions[::-1]))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    result: np.ndarray = (sums[positions + reach + 1] - sums[positions - reach]) / (2 * reach + 1)
+    return result
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2, 5 times a power of ten) between low and high, roughly so many."""
+    """Round numbers (1, 2, 5 times a power of ten) between low and high, approximately this many."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -193,7 +203,7 @@ def short(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """A value of a metric, with four digits that count."""
+    """A value of a metric, with four significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 

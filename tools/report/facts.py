@@ -1,6 +1,6 @@
-"""What the page says beside the curves: state, events on the time axis, checkpoints, data, layout, config, clips.
+"""Facts of the page besides the curves: state, events on the time axis, checkpoints, data, layout, config, clips.
 
-Everything is read from the run's folder; a piece that is missing or damaged becomes words on the page (`missing`).
+Everything is read from the run's folder; a missing or damaged piece is listed on the page (`missing`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from core.errors import RunError
+from core.jsonl import read_lines
+from core.run_dir import RunDir
+from core.terminal import clock
+from data.dataset.index import DatasetIndex
 from data.errors import DataError
-from data.index import DatasetIndex
 from data.inspect import describe
-from data.places import is_remote
+from data.storage.storage import is_remote
 from launch.attempts import Attempts
-from launch.status import clock
-from train.checkpoint import STATE, committed, damage, step_of
-from train.run_dir import RunDir
-from train.samples import folder_of, held_out_file, read_samples
+from train.checkpoint.checkpoint import STATE, committed, damage, step_of
+from train.monitor.samples import clip_file, held_out_name, read_samples
 
 MOST_EVENTS = 400  # rows of the table, and marks on the time axis; the newest
 WORDS = {"event", "step", "time"}  # of an event's line; the others are its details
@@ -32,8 +32,8 @@ REMARKABLE = ("resumed", "went back", "checkpoint failed", "upload failed", "not
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that happened. `time`: seconds since the epoch."""
+class ReportEvent:
+    """An event. `time`: seconds since the epoch."""
 
     time: float
     kind: str
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One time that the run was started; `end` None: it still runs, or was killed without a word."""
+    """One start of the run; `end` None: it still runs, or was killed without writing its end."""
 
     begin: float
     end: float | None
@@ -55,7 +55,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is committed. `fault`: why it can't be used, or ""; `layout`, `note`: of the newest only."""
+    """A committed checkpoint. `fault`: why it cannot be used, or ""; `layout`, `note`: of the newest only."""
 
     step: int
     time: float
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ReportClip:
     """A clip for the page; `url`: data of the mp4."""
 
     step: int
@@ -79,42 +79,42 @@ class Clip:
 
 @dataclass
 class Facts:
-    """All that the page needs, plain. `missing`: sentences on what could not be read."""
+    """All that the page needs, as plain values. `missing`: sentences about what could not be read."""
 
     run: str
     state: str
     error: str
     tiles: list[tuple[str, str]] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[ReportEvent] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     datasets: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     layout: list[tuple[str, str]] = field(default_factory=list)
     config: list[tuple[str, str]] = field(default_factory=list)
-    clips: list[Clip] = field(default_factory=list)
+    clips: list[ReportClip] = field(default_factory=list)
     clips_left_out: int = 0
-    held_out: list[Clip] = field(default_factory=list)
+    held_out: list[ReportClip] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
     def resumed(self) -> list[int]:
-        """Steps at which the run went on after a stop or a death."""
+        """Steps at which the run resumed after a stop or a death."""
         return sorted({event.step for event in self.events if event.kind == "resumed" and event.step is not None})
 
     @property
     def counts(self) -> Counter[str]:
-        """How often each kind of event happened."""
+        """The number of events of each kind."""
         return Counter(event.kind for event in self.events)
 
 
 def read_facts(run: RunDir, steps: int, most_clips: int, most_bytes: int) -> Facts:
-    """Look at a run directory. steps: that metrics.jsonl knows of; most_bytes: of all clips on the page."""
+    """Read a run directory. steps: those in metrics.jsonl; most_bytes: limit for all clips on the page."""
     status = run.read_status()
     facts = Facts(run.root.absolute().name, str(status.get("state", "unknown")), str(status.get("error", "")))
     if facts.state == "running" and run.holder() is None:
-        facts.error = "status.json says running, but no process on this machine holds the run"
+        facts.error = "status.json contains running, but no process on this machine holds the run"
     if not status:
-        facts.missing.append("status.json: how the run stands")
+        facts.missing.append("status.json: the state of the run")
     config = _config(run, facts)
     facts.events = _events(run, facts)
     facts.attempts = _attempts(run, facts)
@@ -136,7 +136,7 @@ def read_facts(run: RunDir, steps: int, most_clips: int, most_bytes: int) -> Fac
 
 
 def busy_seconds(attempts: list[Attempt]) -> float:
-    """Seconds in which the run was at work. An attempt that was killed counts up to the next one's beginning."""
+    """Seconds for which the run was active. A killed attempt counts up to the beginning of the next one."""
     total = 0.0
     for number, attempt in enumerate(attempts):
         after = attempts[number + 1].begin if number + 1 < len(attempts) else time.time()
@@ -146,10 +146,9 @@ def busy_seconds(attempts: list[Attempt]) -> float:
 
 def _config(run: RunDir, facts: Facts) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(run.config.read_text())
-        assert isinstance(config, dict)
-    except (OSError, ValueError, yaml.YAMLError, AssertionError) as error:
-        facts.missing.append(f"config.yaml: {error or 'it holds no keys'}")
+        config = run.read_config()
+    except (OSError, RunError) as error:
+        facts.missing.append(f"config.yaml: {error}")
         return {}
     facts.config = list(_flat(config))
     return config
@@ -164,27 +163,26 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _events(run: RunDir, facts: Facts) -> list[Event]:
+def _events(run: RunDir, facts: Facts) -> list[ReportEvent]:
     path = run.root / "events.jsonl"
     if not path.exists():
-        facts.missing.append("events.jsonl: what happened beside the steps")
+        facts.missing.append("events.jsonl: events besides the steps")
         return []
     found = []
-    for line in path.read_text(errors="replace").splitlines():
+    for record in read_lines(path):
         try:
-            record = json.loads(line)
             when = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
             details = ", ".join(f"{key} {value}" for key, value in record.items() if key not in WORDS)
-            found.append(Event(when, str(record["event"]), record.get("step"), details))
+            found.append(ReportEvent(when, str(record["event"]), record.get("step"), details))
         except (ValueError, KeyError, TypeError):
-            continue  # cut off by death
+            continue  # of another version, or no event
     return found
 
 
 def _attempts(run: RunDir, facts: Facts) -> list[Attempt]:
     record = Attempts(run)
     if not record.path.exists():
-        facts.missing.append("attempts.jsonl: when the run was started (only python -m launch writes it)")
+        facts.missing.append("attempts.jsonl: when the run was started (only mova launch writes it)")
         return []
     found: list[Attempt] = []
     try:
@@ -218,7 +216,7 @@ def _checkpoints(run: RunDir, facts: Facts) -> list[Checkpoint]:
         except OSError:
             continue
     if not rows:
-        facts.missing.append("checkpoints: there is none yet")
+        facts.missing.append("checkpoints: none yet")
         return rows
     try:
         state = json.loads((committed(run.checkpoints)[-1] / STATE).read_text())
@@ -231,26 +229,26 @@ def _checkpoints(run: RunDir, facts: Facts) -> list[Checkpoint]:
 
 def _data(config: dict[str, Any], facts: Facts) -> None:
     data = config.get("data", {})
-    places = [("training", data.get("path")), ("validation", data.get("valid_path"))]
-    places += [("training", one.get("path")) for one in data.get("datasets") or []]
-    places += [
+    paths = [("training", data.get("path")), ("validation", data.get("valid_path"))]
+    paths += [("training", one.get("path")) for one in data.get("datasets") or []]
+    paths += [
         (f"training, from step {part.get('first_step')}", one.get("path"))
         for part in data.get("segments") or []
         for one in part.get("datasets") or []
     ]
-    for use, place in places:
-        if place is None:
+    for use, path in paths:
+        if path is None:
             continue
-        if is_remote(place):
-            facts.datasets.append((f"{use}: {place}", [("", "lies elsewhere; python -m data.inspect looks at it")]))
+        if is_remote(path):
+            facts.datasets.append((f"{use}: {path}", [("", "is remote; mova inspect examines it")]))
             continue
         try:
-            index = DatasetIndex.open(Path(place), check_files=False)
+            index = DatasetIndex.open(Path(path), check_files=False)
             rows = [tuple(part.strip() for part in line.partition("  ")[::2]) for line in describe(index, 0)]
             index.close()
-            facts.datasets.append((f"{use}: {place}", rows[1:]))  # type: ignore[arg-type]
+            facts.datasets.append((f"{use}: {path}", rows[1:]))  # type: ignore[arg-type]
         except (DataError, OSError) as error:
-            facts.missing.append(f"dataset {place} ({use}): {error}")
+            facts.missing.append(f"dataset {path} ({use}): {error}")
 
 
 def _layout(run: RunDir, config: dict[str, Any], status: dict[str, Any], facts: Facts) -> None:
@@ -264,33 +262,35 @@ def _layout(run: RunDir, config: dict[str, Any], status: dict[str, Any], facts: 
         facts.missing.append("layout.json: the table that an attempt begins with")
     facts.layout += [(f"parallel.{key}", str(value)) for key, value in config.get("parallel", {}).items()]
     if not facts.layout:
-        facts.missing.append("layout: neither status.json nor config.yaml tells of it")
+        facts.missing.append("layout: recorded neither in status.json nor in config.yaml")
 
 
 def _clips(run: RunDir, facts: Facts, most: int, most_bytes: int) -> None:
     samples = read_samples(run.root)
     if not samples:
-        facts.missing.append("samples: none was made (python -m tools.watch makes them while a run goes on)")
+        facts.missing.append("samples: none yet (mova watch generates them during a run)")
     room = most_bytes
     for sample in reversed(samples[-most:] if most else []):  # the newest first
-        url = _data_url(folder_of(run.root) / sample.file, room)
+        url = _data_url(clip_file(run.root, sample.file), room)
         if url is None:
             break
         room -= len(url)
-        facts.clips.append(Clip(sample.step, sample.file, sample.kind, sample.prompt, sample.measures, url))
+        facts.clips.append(ReportClip(sample.step, sample.file, sample.kind, sample.prompt, sample.measures, url))
     facts.clips.sort(key=lambda clip: (-clip.step, clip.name))
     facts.clips_left_out = len(samples) - len(facts.clips)
     shown = {clip.name for clip in facts.clips}
     given = {sample.source: sample.prompt for sample in samples if sample.file in shown and sample.source}
     for key, prompt in given.items():
-        url = _data_url(held_out_file(run.root, key), room)
+        url = _data_url(clip_file(run.root, held_out_name(key)), room)
         if url is not None:
             room -= len(url)
-            facts.held_out.append(Clip(0, key, "held-out", prompt, {}, url))
+            facts.held_out.append(ReportClip(0, key, "held-out", prompt, {}, url))
 
 
-def _data_url(path: Path, most: int) -> str | None:
-    """The file as an address that holds its content, None where it is gone or longer than that."""
+def _data_url(path: Path | None, most: int) -> str | None:
+    """The file as a data URL, None if it is missing or too long."""
+    if path is None:
+        return None
     try:
         url = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
     except OSError:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 WIDTH = 560  # pixels of the step axis
-CHUNK = 4096  # values of a curve that wait before they are added to its pixels
+CHUNK = 4096  # values of a curve that are collected before they are added to its pixels
 TAIL = 1 << 16  # bytes at the end of the file in which its last step is looked for
 BY_EXPERT = "train/loss"  # each step trains one expert: a curve for each
 
@@ -33,7 +33,7 @@ class Curve:
     mean: np.ndarray
     high: np.ndarray
     last: float
-    count: int  # values that stand behind it
+    count: int  # number of values behind it
 
     @property
     def thinned(self) -> bool:
@@ -43,8 +43,8 @@ class Curve:
 
 @dataclass
 class History:
-    """What metrics.jsonl holds. `steps`: of the axis, the last step + 1; `done`: updates that were made (a record of
-    training tells of the update after its step, one of validation of those before); `not_finite`: {metric: nulls}."""
+    """The content of metrics.jsonl. `steps`: of the axis, the last step + 1; `done`: number of updates (a training
+    record belongs to the update after its step, a validation record to those before); `not_finite`: {metric: nulls}."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     steps: int = 0
@@ -74,12 +74,12 @@ class _Pixels:
             return
         steps, values = np.array(self._waiting, dtype=np.float64).T
         self._last = float(values[-1])
-        places = np.minimum((steps * self._scale).astype(np.int64), self._width - 1)
-        np.minimum.at(self._low, places, values)
-        np.maximum.at(self._high, places, values)
-        self._sum += np.bincount(places, values, self._width)
-        self._steps += np.bincount(places, steps, self._width)
-        self._count += np.bincount(places, minlength=self._width)
+        positions = np.minimum((steps * self._scale).astype(np.int64), self._width - 1)
+        np.minimum.at(self._low, positions, values)
+        np.maximum.at(self._high, positions, values)
+        self._sum += np.bincount(positions, values, self._width)
+        self._steps += np.bincount(positions, steps, self._width)
+        self._count += np.bincount(positions, minlength=self._width)
         self._waiting.clear()
 
     def curve(self, name: str) -> Curve:
@@ -93,10 +93,10 @@ class _Pixels:
 
 
 def read_history(path: Path, width: int = WIDTH) -> History:
-    """The curves of a metrics.jsonl, each of at most `width` points; an empty History where there is no such file.
+    """The curves of a metrics.jsonl, each of at most `width` points; an empty History if there is no such file.
 
-    A line that a dying run left half is counted as unreadable and passed over; null (a value that was not finite) is
-    counted by metric. Metrics that are words draw no curve.
+    A truncated line is counted as unreadable and skipped; null (a non-finite value) is counted by metric. Metrics
+    that are text have no curve.
     """
     history = History()
     if not path.is_file():
@@ -136,7 +136,7 @@ def _curves_of(record: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
 
 
 def _last_step(path: Path) -> int:
-    """The largest step among the last lines, 0 where none can be read."""
+    """The largest step among the last lines, 0 if none can be read."""
     with open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         lines = file.read().splitlines()

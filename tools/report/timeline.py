@@ -33,7 +33,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What happened when."""
+    """Attempts, checkpoints and events over time."""
 
     bars: list[Bar]
     checkpoints: list[Mark]
@@ -42,7 +42,7 @@ class Timeline:
 
 
 def make_timeline(facts: Facts) -> Timeline | None:
-    """None where nothing with a time is known."""
+    """None if nothing with a time is known."""
     shown = [event for event in facts.events if event.kind in REMARKABLE][-MOST_EVENTS:]
     saved = [event for event in facts.events if event.kind == "checkpoint"][-MOST_EVENTS:]
     times = [event.time for event in facts.events] + [one.begin for one in facts.attempts]
@@ -56,7 +56,7 @@ def make_timeline(facts: Facts) -> Timeline | None:
 
     bars = []
     for number, one in enumerate(facts.attempts):
-        # One that was killed wrote no end: the last thing that it did is known.
+        # A killed one wrote no end: use the last thing it did.
         following = facts.attempts[number + 1].begin if number + 1 < len(facts.attempts) else last
         heard = [event.time for event in facts.events if one.begin <= event.time < following]
         end = one.end or (last if one.ended == "runs" else max(heard, default=one.begin))

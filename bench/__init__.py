@@ -1,0 +1,1 @@
+"""Proofs and measurements of the project itself; their records are in results/."""

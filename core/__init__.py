@@ -1,0 +1,1 @@
+"""What all other packages use; it imports none of them."""

@@ -1,0 +1,1 @@
+"""One finished dataset: the format of its shards, its index, a selection of it."""

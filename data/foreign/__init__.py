@@ -1,0 +1,1 @@
+"""Files written by other software, read with suspicion: the parts of data.import_latents."""

@@ -1,0 +1,1 @@
+"""Storage backends: folders, web servers, buckets, commands, and the local cache."""

@@ -1,0 +1,1 @@
+"""Windows: cutting files, filtering windows, and the tables of their scores."""

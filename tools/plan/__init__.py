@@ -1,0 +1,1 @@
+"""The planner's program and its pages (train/plan counts and times)."""

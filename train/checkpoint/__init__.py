@@ -1,0 +1,1 @@
+"""Checkpoints: writing, reading, uploading, and whether a run may continue from them."""

@@ -1,0 +1,1 @@
+"""The model with its optimizer, under FSDP2 or DeepSpeed ZeRO."""

@@ -1,0 +1,1 @@
+"""Monitoring of a run: metrics, the log, Weights & Biases, profiles, samples."""

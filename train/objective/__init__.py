@@ -1,0 +1,1 @@
+"""What is learned: flow matching, its draws, its losses, validation."""

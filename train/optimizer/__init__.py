@@ -1,0 +1,1 @@
+"""Optimizers, one file each; protocol.py defines what the engines require of them."""

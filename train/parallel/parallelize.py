@@ -1,0 +1,214 @@
+"""Applies parallelism to the model from outside, in this order: sequence -> recomputation -> compile -> FSDP2.
+
+DeepSpeed ZeRO (train/engine/zero.py) takes FSDP2's place in that order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from model.init import initial_part
+from model.joint import JointConfig, JointTransformer
+from model.tower import Tower
+from train.parallel.mesh import Layout, ParallelConfig
+from train.parallel.parts import ALL, forward_order, freeze, in_backward
+from train.parallel.recompute import choose_kinds, recompute_activations, shape_of, units
+from train.parallel.sequence import shard_sequence
+from train.parallel.workload import Workload
+
+# Graphs of a piece of code: torch's limit of 8 does not hold training and validation, one clip and several, and the
+# attentions of all widths, which share their code where ranks share tokens.
+RECOMPILE_LIMIT = 64
+# Part of a parameter's value: of (name, whole shape, first element, end) in the order of its memory -> [end - first].
+Part = Callable[[str, tuple[int, ...], int, int], Tensor]
+
+
+def build_model(
+    config: JointConfig,
+    parallel: ParallelConfig,
+    layout: Layout,
+    seed: int | None,
+    workload: Workload | None = None,
+    trained: Collection[str] = ALL,
+) -> JointTransformer:
+    """The FSDP2 model with its starting weights: built on the meta device, then each rank fills its shards.
+
+    `seed`: of the weights; None leaves them unset, for a checkpoint to fill. `workload`: a rank's largest micro-batch,
+    for recompute=budget. `trained`: the towers that are not frozen (train/parallel/parts.py).
+    """
+    with torch.device("meta"):
+        model = JointTransformer(config)
+    freeze(model, trained)
+    model.to(torch.promote_types(layout.compute, torch.float32))  # master weights
+    place_model(model, parallel, layout, workload)
+    model.to_empty(device=layout.device)
+    if seed is not None:
+        fill_weights(model, starting_weights(config, seed))
+    return model
+
+
+def starting_weights(config: JointConfig, seed: int) -> Part:
+    """The values of model/init.py for a model."""
+    depth, bridge = config.video.num_layers, config.bridge
+    return lambda name, shape, start, stop: initial_part(name, shape, start, stop, seed, depth, bridge)
+
+
+def place_model(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None = None
+) -> None:
+    """All parallelism on a plain model, in place; its parameters become shards where there are other ranks, whatever
+    device they are on."""
+    prepare_model(model, parallel, layout, workload)
+    shard_model(model, parallel, layout)
+
+
+def prepare_model(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None = None
+) -> None:
+    """What comes before an engine shards the parameters, in place."""
+    model.use_attention(layout.attention.backend)
+    if layout.sequence.size > 1:
+        shard_sequence(model, layout.sequence, layout.attention.backend)
+    compiled = parallel.compile != "none"
+    recompute_activations(model, recompute_kinds(model, parallel, layout, workload), compiled)
+    if compiled:
+        compile_units(model, parallel.compile)
+
+
+def compile_units(model: JointTransformer, backend: str) -> None:
+    """Compile each block and Bridge direction, those of a shape from a copy of their code.
+
+    torch keeps what it learns of code by the code: where all shapes share one function, a unit that cannot be compiled
+    leaves others in eager mode, and the graphs of all count against one limit. Beyond that limit torch would run units
+    in eager mode, silently; here it is an error.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    names = {module: name for name, module in model.named_modules()}
+    copies: dict[tuple[CodeType, str], CodeType] = {}
+    for unit in units(model):
+        shape, forward = shape_of(names[unit]), unit.forward
+        function = forward.__func__ if isinstance(forward, MethodType) else forward
+        code = function.__code__
+        own = copies.setdefault((code, shape), code.replace(co_name=f"{shape}_{code.co_name.strip('<>')}"))
+        copied = FunctionType(own, function.__globals__, own.co_name, function.__defaults__, function.__closure__)
+        unit.forward = MethodType(copied, unit) if isinstance(forward, MethodType) else copied
+        unit.compile(backend=backend)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process. One that grows in mid-run means shapes that keep changing."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def eager_units(model: JointTransformer, parallel: ParallelConfig, layout: Layout, kinds: list[str]) -> int:
+    """How many units torch.compile leaves in eager mode, `kinds` as of `recompute_kinds`. Within a checkpoint a core
+    that ranks share breaks the graph, and then the whole unit runs as it is; torch reports this nowhere."""
+    if parallel.compile == "none" or layout.sequence.size == 1:
+        return 0
+    names = {module: name for name, module in model.named_modules()}
+    shared = [shape_of(names[unit]) in ("video", "to_audio") for unit in units(model)]
+    return sum(one and kind != "none" for one, kind in zip(shared, kinds, strict=True))
+
+
+def recompute_kinds(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None
+) -> list[str]:
+    """How each of the model's units is checkpointed under this layout."""
+    ranks = layout.sequence.size
+    return choose_kinds(model, parallel.recompute, parallel.recompute_gib, workload, ranks, layout.compute)
+
+
+def recomputed_units(
+    model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None
+) -> Counter[tuple[str, str]]:
+    """How many units of each shape ("video", "to_audio", ...) are checkpointed in which way."""
+    names = {module: name for name, module in model.named_modules()}
+    kinds = recompute_kinds(model, parallel, layout, workload)
+    return Counter((shape_of(names[unit]), kind) for unit, kind in zip(units(model), kinds, strict=True))
+
+
+def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
+    """FSDP2 (HSDP with dp_replicate > 1) units in the order in which a step meets them.
+
+    Stem, time path, each block, each Bridge direction and each head are units: the joint model calls these, not whole
+    towers, and an expert that is idle is then neither gathered nor reduced. Inputs are never cast by FSDP: timesteps
+    must stay exact and tables float32, so modules cast for themselves. The time path computes in float32. A rank alone
+    that casts nothing keeps its parameters as they are.
+    """
+    if layout.alone:
+        return
+    compute = layout.compute
+    reduce = torch.promote_types(compute, torch.float32)
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(param_dtype=reduce, reduce_dtype=reduce, cast_forward_inputs=False)
+    mesh = layout.mesh if layout.dp_replicate > 1 else layout.mesh["fsdp"]
+
+    def unit(modules: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy = mixed) -> None:
+        fully_shard(modules, mesh=mesh, mp_policy=policy)
+
+    for tower in model.children():
+        if isinstance(tower, Tower):
+            unit([tower.patch_embedding, tower.text_embedding])
+            unit([tower.time_embedding, tower.time_projection], exact)
+            for block in tower.blocks:
+                unit(block)
+            unit(tower.head)
+    for conditioners in (
+        model.dual_tower_bridge.audio_to_video_conditioners,
+        model.dual_tower_bridge.video_to_audio_conditioners,
+    ):
+        for conditioner in conditioners.values():
+            unit(conditioner)
+    unit(model)  # the root: what is left is the Bridge's condition scale, where a config has one
+    model.register_forward_pre_hook(_prefetch_in_order, with_kwargs=True)
+
+
+def _prefetch_in_order(model: JointTransformer, _: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Let every unit gather the one that follows it in this forward.
+
+    Video blocks are large, Bridge directions and audio blocks between them small: a gather that begins a unit earlier
+    hides behind a video block. The order depends on the expert and on what is given, so it is set anew each time;
+    backward goes by the order that FSDP saw in forward.
+    """
+    given = (inputs.get(modality) is not None for modality in ("video", "audio"))
+    order = [*forward_order(model, inputs.get("expert", "high"), *given)]
+    units = [_sharded(unit.modules[0]) for unit in order]
+    for unit, following in zip(units, [*units[1:], None], strict=True):
+        unit.set_modules_to_forward_prefetch([following] if following is not None else [])
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    # FSDP would gather in backward whatever came before in forward, also what no gradient passes through.
+    met = [unit for unit, passed in zip(units, in_backward(order), strict=True) if passed]
+    for unit, following in zip(met, [*met[:1], *met[:-1]], strict=True):
+        unit.set_modules_to_backward_prefetch([following])  # the last one has itself, which is there: an empty list
+        # would mean FSDP's own order
+
+
+def _sharded(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule)
+    return module
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, part: Part) -> None:
+    """Set every parameter, computing only the rows that this rank holds."""
+    for name, parameter in model.named_parameters():
+        shape, mine, first = tuple(parameter.shape), parameter.detach(), 0
+        if isinstance(mine, DTensor):
+            _, offsets = compute_local_shape_and_global_offset(shape, mine.device_mesh, mine.placements)
+            mine, first = mine.to_local(), offsets[0] * math.prod(shape[1:])  # split by rows
+        if mine.numel():
+            mine.copy_(part(name, shape, first, first + mine.numel()).view_as(mine))

@@ -1,0 +1,109 @@
+"""The stages of a step (train/plan/timing.py) from the counts of its units and the sizes of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from train.optimizer.adamw import AdamW
+from train.parallel.mesh import Layout, ParallelConfig
+from train.plan.count import REST, Counts, Pass
+from train.plan.memory import UnitWeights, Weights
+from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, StepTime, simulate
+
+# Bytes that move for each weight of a shard: AdamW reads weight, gradient and two moments and writes three of them in
+# float32, the norm and the clipping read the gradient again and write it; an average is read with its weight and
+# written.
+ADAMW, AVERAGE = 40, 12
+# Dispatch modes of selective checkpointing run Python for operators of attention cores: host time of a kernel over that
+# of one without them, measured on a CPU with tiny widths and true depths (bench/results/host.md).
+SELECTIVE_HOST = 1.2
+
+
+def predict_step(
+    clock: Clock,
+    weights: Weights,
+    both: tuple[list[Stage], list[Stage]],
+    parallel: ParallelConfig,
+    layout: Layout,
+    micro_batches: int,
+    average: bool,
+) -> StepTime:
+    """Seconds of a step of `micro_batches` of the counted size. both: `stages` of one; `average`: whether averages are
+    kept."""
+    forward, backward = both
+    links = Links(weights.shards, layout.dp_replicate)
+    shard = sum(unit.shard for unit in weights.units if unit.trains) // weights.wide
+    optimizer = [Kernel("memory", 0, shard * (ADAMW + AVERAGE * average))]
+    if parallel.optimizer_state == "host":  # on the computing stream, there, updated, and back
+        optimizer.append(Kernel(HOST_COPY, 0, 2 * len(AdamW.KEYS) * 4 * shard))
+    selective = sum(unit.kind == "selective" for unit in weights.units) / max(1, len(_blocks(weights)))
+    return simulate(
+        clock,
+        forward,
+        backward,
+        links,
+        optimizer,
+        micro_batches,
+        reduced_last=parallel.accumulate == "unsharded",
+        host_factor=1 + (SELECTIVE_HOST - 1) * selective,
+    )
+
+
+def stages(weights: Weights, counts: dict[str, Counts], layout: Layout) -> tuple[list[Stage], list[Stage]]:
+    """(forward, backward) of one micro-batch, in the order in which they run."""
+    rest = next(iter(counts.values()))[REST]
+    forward, backward = [], []
+    kernels: dict[int, list[Kernel]] = {}  # of a pass, which all layers of a kind share
+
+    def kernels_of(one: Pass) -> list[Kernel]:
+        if id(one) not in kernels:
+            kernels[id(one)] = [Kernel(op.kind, op.flops, op.bytes, times) for op, times in one.ops.items()]
+        return kernels[id(one)]
+
+    nothing = Pass()
+    for place, unit in enumerate(weights.units):
+        last = place == len(weights.units) - 1
+        passes = _passes(unit, counts)
+        there = passes[0] if passes else rest.forward if place == 0 else nothing
+        back = passes[1] if passes else rest.backward if last else nothing
+        repeated = unit.kind != "none"
+        forward.append(Stage(unit.name, kernels_of(there), _exchanges(there, layout), unit.gathered))
+        if unit.passed:
+            reduced = unit.reduced if unit.trains else 0
+            sent = _exchanges(back, layout, there.sent["ring"] * (1 + repeated))
+            backward.append(Stage(unit.name, kernels_of(back), sent, unit.gathered, reduced))
+    return forward, backward[::-1]
+
+
+def _blocks(weights: Weights) -> list[UnitWeights]:
+    return [unit for unit in weights.units if unit.shape != REST]
+
+
+def _passes(unit: UnitWeights, counts: dict[str, Counts]) -> tuple[Pass, Pass] | None:
+    if unit.shape == REST:
+        return None
+    one = counts[unit.kind][unit.shape]
+    return one.forward, one.backward
+
+
+def _exchanges(one: Pass, layout: Layout, hidden: float | None = None) -> list[Exchange]:
+    """`hidden`: bytes of keys and values that pass along the ring while attention computes (None: all of the ring's);
+    gradients of keys and values come after it."""
+    group = layout.sequence
+    ranks = {"ulysses": (group.ulysses, 1), "sequence": (group.size, 1)}
+    found = [Exchange(size, one.calls[axis], *ranks[axis]) for axis, size in one.sent.items() if axis in ranks]
+    if ring := one.sent["ring"]:
+        behind = ring if hidden is None else min(ring, hidden)
+        calls = one.calls["ring"]
+        found.append(Exchange(behind, calls, group.ring, group.ulysses, behind_attention=True))
+        found.append(Exchange(ring - behind, calls, group.ring, group.ulysses))
+    return found
+
+
+def flops_by_kind(stages: Sequence[Stage]) -> dict[str, float]:
+    """FLOPs of all kernels of these stages, by kind."""
+    found: dict[str, float] = {}
+    for stage in stages:
+        for kernel in stage.kernels:
+            found[kernel.kind] = found.get(kernel.kind, 0.0) + float(kernel.flops) * kernel.times
+    return found
