@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -89,39 +90,45 @@ def run_local(config: LocalConfig, run: RunDir, code: Path, overrides: Sequence[
 
     SIGTERM, SIGINT, SIGHUP and SIGUSR2 reach the workers as SIGTERM: they save a checkpoint and end, without a time
     limit. A second Ctrl-C kills them. Call in the main thread, holding the run's launch.lock. Meanwhile the variables
-    that workers inherit are set in this process.
+    that workers inherit are set in this process, and what workers leave behind becomes its child. Afterwards it is as
+    it was before, with the children that it had.
     """
     _set_environment(config.world, code)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its pages say what Ending says
+    with _orphans_adopted() as others, _agent_silenced(), _StopSignals() as stop:
+        return _run_attempts(config, run, overrides, stop, others)
+
+
+def _run_attempts(
+    config: LocalConfig, run: RunDir, overrides: Sequence[str], stop: _StopSignals, others: list[psutil.Process]
+) -> Ending:
+    """One attempt after another. `others`: children of this process that are not the run's."""
     attempts, job, patience = Attempts(run), f"local-{os.getpid()}", Patience(config)
     attempts.submitted()
-    _adopt_orphans()
     number = counted = 0
-    with _StopSignals() as stop:
-        while True:
-            attempts.begin(job, number, socket.gethostname())
-            os.environ["MOVA_ATTEMPT"] = str(number)
-            ending, status = _run_once(config, run, overrides, stop)
-            ended = STOPPED if ending.early else how_it_ended(run, status)
-            attempts.end(job, number, ended, status)
-            if ended not in (CRASHED, NO_ROOM) or stop.asked or (ended == CRASHED and config.restarts == 0):
-                return ending
-            number += 1
-            if ended == CRASHED:
-                objection = attempts.objection(Limits(config.restarts, config.max_failed_restarts))
-                counted += 1
-                what = f"restart {counted} of at most {config.restarts}"
-            else:
-                objection = _wait_for_room(run, attempts, patience, stop)
-                what = "the folder is writable again"
-            if objection is not None:
-                return Ending(f"{ending.failure}; given up: {objection}", ending.early, ending.asked)
-            if stop.asked:
-                return Ending(ending.failure, early=True, asked=True)
-            print(
-                f"{ending.failure}: all workers restart from step {attempts.committed_step()} ({what})",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+    while True:
+        attempts.begin(job, number, socket.gethostname())
+        os.environ["MOVA_ATTEMPT"] = str(number)
+        ending, status = _run_once(config, run, overrides, stop, others)
+        ended = STOPPED if ending.early else how_it_ended(run, status)
+        attempts.end(job, number, ended, status)
+        if ended not in (CRASHED, NO_ROOM) or stop.asked or (ended == CRASHED and config.restarts == 0):
+            return ending
+        number += 1
+        if ended == CRASHED:
+            objection = attempts.objection(Limits(config.restarts, config.max_failed_restarts))
+            counted += 1
+            what = f"restart {counted} of at most {config.restarts}"
+        else:
+            objection = _wait_for_room(run, attempts, patience, stop)
+            what = "the folder is writable again"
+        if objection is not None:
+            return Ending(f"{ending.failure}; given up: {objection}", ending.early, ending.asked)
+        if stop.asked:
+            return Ending(ending.failure, early=True, asked=True)
+        print(
+            f"{ending.failure}: all workers restart from step {attempts.committed_step()} ({what})",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def _wait_for_room(run: RunDir, attempts: Attempts, patience: Patience, stop: _StopSignals) -> str | None:
@@ -141,7 +148,9 @@ def _wait_for_room(run: RunDir, attempts: Attempts, patience: Patience, stop: _S
     return None
 
 
-def _run_once(config: LocalConfig, run: RunDir, overrides: Sequence[str], stop: _StopSignals) -> tuple[Ending, int]:
+def _run_once(
+    config: LocalConfig, run: RunDir, overrides: Sequence[str], stop: _StopSignals, others: list[psutil.Process]
+) -> tuple[Ending, int]:
     """One attempt, with its own rendezvous. Also returns the exit status of all workers together."""
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         spec = WorkerSpec(
@@ -158,7 +167,7 @@ def _run_once(config: LocalConfig, run: RunDir, overrides: Sequence[str], stop: 
         agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
         with stop.forwarded_to(agent):
             result = agent.run()
-        end_children(ORPHANS)
+        end_children(ORPHANS, others)
     failures = result.failures.values()
     if not failures:
         return Ending(None, early=False, asked=stop.asked), EXIT_OK
@@ -249,10 +258,32 @@ def _send(pids: list[int], number: signal.Signals) -> None:
             continue
 
 
-def _adopt_orphans() -> None:
-    """Make processes that workers leave behind, even killed ones, children of this process; on Linux."""
+@contextlib.contextmanager
+def _orphans_adopted() -> Iterator[list[psutil.Process]]:
+    """While entered, processes that workers leave behind, even killed ones, become children of this process; on Linux.
+    Gives the children that it has already."""
+    before = ctypes.c_int(0)
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+        control = ctypes.CDLL(None).prctl
+        control(SUBREAPER + 1, ctypes.byref(before), 0, 0, 0)  # PR_GET_CHILD_SUBREAPER
+        control(SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield psutil.Process().children()
+    finally:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(SUBREAPER, before.value, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def _agent_silenced() -> Iterator[None]:
+    """While entered, torch's agent prints no pages of its own: they say what Ending says."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _set_environment(world: int, code: Path) -> None:

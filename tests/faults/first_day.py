@@ -120,11 +120,20 @@ FIRST_DAY = {
         ["tests/launch/test_ends.py", "-k", "how_it_ended"],
     ),
     "orphans of a killed worker live on": (
-        "launch/local/local.py", "        end_children(ORPHANS)\n", "",
+        "launch/local/local.py", "        end_children(ORPHANS, others)\n", "",
         ["tests/launch/test_launch.py", "-k", "nothing_is_left"],
     ),
     "orphans of a killed worker are not known": (
-        "launch/local/local.py", "    _adopt_orphans()\n", "", ["tests/launch/test_launch.py", "-k", "nothing_is_left"],
+        "launch/local/local.py", "        control(SUBREAPER, 1, 0, 0, 0)\n", "",
+        ["tests/launch/test_launch.py", "-k", "nothing_is_left"],
+    ),
+    "a launch ends the other children of its process": (
+        "launch/local/local.py", "end_children(ORPHANS, others)", "end_children(ORPHANS)",
+        ["tests/launch/test_missing.py", "-k", "as_it_was"],
+    ),
+    "a launch leaves its process a reaper of orphans": (
+        "launch/local/local.py", "prctl(SUBREAPER, before.value,", "prctl(SUBREAPER, 1,",
+        ["tests/launch/test_missing.py", "-k", "as_it_was"],
     ),
     "an answer that got lost is a refusal": (
         "launch/slurm/slurm.py", "if any(words in said for words in NOT_HEARD):", "if False:",

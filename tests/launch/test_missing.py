@@ -1,13 +1,17 @@
 """What a run reads and does not find: a mistake where somebody typed it, something that comes back at a restart."""
 
+import ctypes
 import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
@@ -24,6 +28,7 @@ from launch.local.local import Ending, LocalConfig, run_local
 from launch.slurm.inputs import missing_inputs
 from launch.slurm.preflight import NO_BLAME, judge
 from tests.shards import make_dataset
+from train.faults.stop import STOP_SIGNALS
 
 BUCKET = Bucket(frames=2, height=2, width=2, audio_steps=5, fps=24.0, has_video=True, has_audio=True)
 
@@ -171,6 +176,38 @@ def test_the_launcher_says_which_attempt_it_is(tmp_path: Path, monkeypatch: pyte
     assert run_local(LocalConfig(processes=1, restarts=2, max_failed_restarts=9), run, tmp_path, []).failure
     assert told == ["0", "1", "2"]
     assert dict(os.environ) == before  # what workers inherit is not left to whatever this process starts next
+
+
+def test_a_launch_leaves_its_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that goes on after a launch keeps its other children, the fork server of its worker processes for
+    instance; what the run's workers left behind has ended."""
+    run = RunDir(tmp_path / "x")
+    run.checkpoints.mkdir(parents=True)
+    run.config.write_text(yaml.safe_dump({"steps": 9}))
+    orphan = tmp_path / "orphan"
+    left = f"import subprocess; print(subprocess.Popen(['sleep', '100']).pid, file=open({str(orphan)!r}, 'w'))"
+
+    def attempt(agent: object) -> SimpleNamespace:
+        subprocess.run([sys.executable, "-c", left], check=True)
+        run.write_status("finished", step=9)
+        return SimpleNamespace(failures={})
+
+    monkeypatch.setattr(local.LocalElasticAgent, "run", attempt)
+    handlers, reaper = [signal.getsignal(number) for number in STOP_SIGNALS], reaps_orphans()
+    with subprocess.Popen(["sleep", "100"]) as other:
+        try:
+            assert run_local(LocalConfig(processes=1), run, tmp_path, []).failure is None
+            assert other.poll() is None and not psutil.pid_exists(int(orphan.read_text()))
+        finally:
+            other.kill()
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers and reaps_orphans() == reaper
+
+
+def reaps_orphans() -> int:
+    """PR_GET_CHILD_SUBREAPER of prctl(2) for this process."""
+    found = ctypes.c_int(-1)
+    ctypes.CDLL(None).prctl(37, ctypes.byref(found), 0, 0, 0)
+    return found.value
 
 
 def written(tmp_path: Path, data: dict, source: str | None = None) -> RunDir:

@@ -6,13 +6,14 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import psutil
 
 from core.errors import EXIT_OK
 
 CLOSING = 10.0  # seconds for everything without a budget of its own: data threads, files, the process group
+REAPING = 1.0  # seconds for killed children to be gone; one that waits for a dead disk is not waited for
 
 
 @contextlib.contextmanager
@@ -47,9 +48,15 @@ def leave() -> None:
     os._exit(EXIT_OK)
 
 
-def end_children(grace: float) -> None:
-    """Kill all child processes, and theirs, that have not ended `grace` seconds from now."""
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=grace)
+def end_children(grace: float, spared: Collection[psutil.Process] = ()) -> None:
+    """Kill all child processes, and theirs, that have not ended `grace` seconds from now. `spared`: children that were
+    there before what is ended, and belong to others in this process."""
+    mine = [child for child in psutil.Process().children() if child not in spared]
+    for child in tuple(mine):
+        with contextlib.suppress(psutil.Error):
+            mine += child.children(recursive=True)
+    _, alive = psutil.wait_procs(mine, timeout=grace)
     for child in alive:
         with contextlib.suppress(psutil.Error):
             child.kill()
+    psutil.wait_procs(alive, timeout=REAPING)
