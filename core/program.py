@@ -119,8 +119,12 @@ class Program(Command):
         if show:
             print(_shown(composed), end="")
             return EXIT_OK
+        return self.main(self.call(arguments, overrides, composed))
+
+    def call(self, arguments: Sequence[str], overrides: list[str], composed: Composed) -> Call[Any]:
+        """What `main` takes. ConfigError for a missing, impossible or contradictory value."""
         command = " ".join([self.typed, *map(shlex.quote, arguments)])
-        return self.main(Call(composed.typed(), composed.plain(), composed.choices, overrides, command))
+        return Call(composed.typed(), composed.plain(), composed.choices, overrides, command)
 
     def split(self, arguments: Sequence[str]) -> tuple[list[str], bool]:
         """(key=value arguments, whether --cfg job asks to print only the config)."""

@@ -26,7 +26,6 @@ from train.checkpoint.resume import check_run
 from train.config import TrainConfig, compose_train, default_values
 from train.dataloader import close_data, open_data, open_dataset
 from train.parallel.mesh import DTYPES, check_compute, check_degrees
-from train.start.sources import open_sources
 
 OWN = ("cluster", "launch", "job", "phases", "watch")
 JOBS = ("train", "prepare")
@@ -175,6 +174,8 @@ def _compose(own: LaunchConfig, overrides: list[str], follows: Launch | None = N
     _check_data(config)
     begun = launch.run_dir.committed_step() > 0  # such a run goes on from its own weights
     if config.init.given() and follows is None and not begun:
+        from train.start.sources import open_sources  # torch's format of checkpoints: 0.2 s
+
         open_sources(config.init).check(config.model)
     check_run(launch.run_dir, resolved, default_values())
     return launch

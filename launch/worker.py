@@ -1,4 +1,4 @@
-"""One worker of a launch: `mova train`, tied to the life of its launcher.
+"""Ties the life of a rank to that of the process that started it.
 
 A launcher that is killed outright cannot inform its workers. They notice within a second and send themselves SIGTERM,
 so they save a checkpoint and end, instead of training on unnoticed and writing into a run directory that a user has
@@ -7,15 +7,10 @@ since resumed.
 
 from __future__ import annotations
 
-import importlib
 import os
-import runpy
 import signal
 import threading
 import time
-
-from launch.snapshot import check_runs_from
-from train.faults.garbage import importing
 
 POLL = 1.0  # seconds between two checks of the parent
 
@@ -32,11 +27,3 @@ def follow_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, name="parent", daemon=True).start()
-
-
-if __name__ == "__main__":
-    follow_parent(int(os.environ.pop("LAUNCHER_PID")))
-    check_runs_from(os.environ["MOVA_CODE"])
-    with importing():
-        importlib.import_module("train.loop")
-    runpy.run_module("train", run_name="__main__", alter_sys=True)

@@ -14,12 +14,15 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from core.compose import compose
 from core.errors import RankError, UserError, describe, exit_status, gone, lost_peer
 from core.program import Call, Program
 from core.run_dir import RunDir
@@ -28,9 +31,9 @@ from core.terminal import print_without_fail
 from train.config import SCHEMA, TrainConfig, check_channels
 from train.engine.deterministic import make_deterministic
 from train.faults.ending import CLOSING, end_children, end_within, leave
+from train.faults.garbage import importing
 from train.faults.stop import StopRequest
 from train.faults.watchdog import record_nccl
-from train.loop import run
 from train.parallel.descriptors import raise_limit
 from train.parallel.mesh import make_layout, start_process_group
 from train.start.model import with_model
@@ -43,6 +46,8 @@ def main(call: Call[TrainConfig]) -> None:
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(message)s")
     raise_limit()
     try:
+        with importing():  # FSDP2 and checkpoints, half a second: not for a help text, or a mistake in the config
+            from train.loop import run
         typed, resolved = call.config, without_secrets(call.plain)
         check_channels(typed.model)
         if typed.parallel.deterministic:
@@ -77,13 +82,26 @@ def _begin() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 
 
-class _Train(Program):
+@dataclass(frozen=True)
+class TrainProgram(Program):
+    """`mova train`. given: what `main` takes, where it was composed before this rank was forked."""
+
+    given: Call[TrainConfig] | None = None
+
     def act(self, arguments: list[str]) -> int | None:
         """As Program, but if no model is chosen, with that of the weights that the run starts from."""
-        return super().act(with_model(SCHEMA, arguments))
+        return super().act(with_model(SCHEMA, arguments)) if self.given is None else self.main(self.given)
+
+    def composed(self, arguments: Sequence[str]) -> TrainProgram:
+        """The same with its config composed from these arguments; if they are wrong itself, so that it says so."""
+        try:
+            typed = with_model(SCHEMA, arguments)
+            return replace(self, given=self.call(typed, typed, compose(SCHEMA, typed)))
+        except UserError:
+            return self
 
 
-PROGRAM = _Train("train", __doc__, main, schema=SCHEMA, before=_begin)
+PROGRAM = TrainProgram("train", __doc__, main, schema=SCHEMA, before=_begin)
 
 if __name__ == "__main__":
     PROGRAM.start()

@@ -19,7 +19,7 @@ from model.tower import TowerConfig
 from train.checkpoint.checkpoint import CheckpointConfig
 from train.data_config import DataConfig
 from train.engine.ema import EmaConfig
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.faults.config import GuardConfig
 from train.monitor.log import MonitorConfig
 from train.monitor.profiler import ProfilerConfig

@@ -29,7 +29,7 @@ from train.checkpoint import checkpoint
 from train.checkpoint.resume import open_run
 from train.checkpoint.uploads import LAST_SIGNALS
 from train.config import TrainConfig, default_values
-from train.engine.optim import rates
+from train.engine.optim_config import rates
 from train.engine.schedule import lr_factor
 from train.faults.bad_steps import kind_of, report
 from train.faults.ending import CLOSING, end_within

@@ -34,7 +34,7 @@ from tools.bench.record import write_record
 from train.checkpoint.checkpoint import CheckpointConfig, TrainState
 from train.checkpoint.saver import Saver
 from train.engine.engine import build_engine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.parallel.mesh import ParallelConfig, make_layout
 
 RANKS = 2
@@ -117,9 +117,7 @@ def death_to_step(data: str, folder: Path) -> tuple[float, float]:
     metrics, events = folder / "killed" / "metrics.jsonl", folder / "killed" / "events.jsonl"
     try:
         _wait(launcher, lambda: _last_step(metrics) >= 12)
-        worker = next(
-            p for p in psutil.Process(launcher.pid).children(recursive=True) if "launch.worker" in p.cmdline()
-        )
+        worker = next(p for p in psutil.Process(launcher.pid).children(recursive=True) if p.name() == "rank 0")
         before = _last_step(metrics)
         begin = time.monotonic()
         worker.kill()

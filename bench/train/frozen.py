@@ -24,7 +24,7 @@ from tools.bench.record import write_record
 from tools.bench.step import make_batch
 from train.config import compose_train
 from train.engine.engine import build_engine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.monitor.counters import CollectiveCounter
 from train.objective.objective import Objective, ObjectiveConfig
 from train.parallel.flops import step_flops

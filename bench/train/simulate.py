@@ -29,7 +29,8 @@ from model.joint import JointConfig, JointTransformer
 from tools.bench.record import commit
 from train.config import compose_train
 from train.engine.engine import ShardedEngine
-from train.engine.optim import OptimConfig, local
+from train.engine.optim import local
+from train.engine.optim_config import OptimConfig
 from train.monitor.counters import CollectiveCounter
 from train.objective.objective import ObjectiveConfig
 from train.parallel.flops import forward_flops

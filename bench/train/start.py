@@ -31,7 +31,8 @@ from train.checkpoint.dcp_files import METADATA, FilePlan, placements_of, write_
 from train.checkpoint.dcp_metadata import read_alone
 from train.config import compose_train
 from train.engine.engine import Engine, build_engine
-from train.engine.optim import OptimConfig, local
+from train.engine.optim import local
+from train.engine.optim_config import OptimConfig
 from train.parallel.mesh import ParallelConfig, make_layout
 
 GB = 1e9

@@ -40,7 +40,8 @@ from tools.export.request import ExportRequest
 from train.checkpoint.checkpoint import CheckpointConfig, TrainState
 from train.checkpoint.saver import Saver
 from train.engine.engine import build_engine
-from train.engine.optim import OptimConfig, local
+from train.engine.optim import local
+from train.engine.optim_config import OptimConfig
 from train.objective.objective import ObjectiveConfig
 from train.parallel.mesh import ParallelConfig, make_layout
 from train.start.config import InitConfig

@@ -1,19 +1,18 @@
 """Runs the processes of one training run on this machine, and passes stop requests on to them.
 
-Built on torch's elastic agent (the engine of torchrun): it starts the workers with their ranks, watches them, and ends
-all of them when one fails. Whether they are then restarted is decided here, as on a cluster: see launch/attempts.py.
+A process of the run's own code starts the ranks of an attempt, watches them, and ends all of them when one fails
+(launch/local/ranks.py). Whether they are then restarted is decided here, as on a cluster: see launch/attempts.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,6 @@ from types import FrameType
 
 import psutil
 import torch
-from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from core.child import environment_kept
 from core.errors import EXIT_FAILED, EXIT_OK, EXIT_RETRY, NO_ROOM
@@ -35,7 +30,7 @@ from core.run_dir import RunDir
 from core.terminal import clock
 from launch.attempts import CRASHED, STOPPED, Attempts, Limits, how_it_ended
 from launch.cluster import ALLOCATOR, ClusterConfig
-from launch.rendezvous import LOOPBACK, LoopbackRendezvous
+from launch.local.ranks import KILL, Ended, early
 from launch.room import Patience, obstacle_to_saving
 from train.faults.ending import end_children
 from train.faults.stop import STOP_SIGNALS, deadline_ahead
@@ -94,7 +89,7 @@ def run_local(config: LocalConfig, run: RunDir, code: Path, overrides: Sequence[
     it was before, with the children that it had.
     """
     _set_environment(config.world, code)
-    with _orphans_adopted() as others, _agent_silenced(), _StopSignals() as stop:
+    with _orphans_adopted() as others, _StopSignals() as stop:
         return _run_attempts(config, run, overrides, stop, others)
 
 
@@ -151,30 +146,33 @@ def _wait_for_room(run: RunDir, attempts: Attempts, patience: Patience, stop: _S
 def _run_once(
     config: LocalConfig, run: RunDir, overrides: Sequence[str], stop: _StopSignals, others: list[psutil.Process]
 ) -> tuple[Ending, int]:
-    """One attempt, with its own rendezvous. Also returns the exit status of all workers together."""
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        spec = WorkerSpec(
-            role="train",
-            local_world_size=config.world,
-            rdzv_handler=LoopbackRendezvous(run.root.name),
-            entrypoint=sys.executable,
-            # "$" starts a macro of the agent, which has no way to write the character itself but this one.
-            args=("-m", "launch.worker", *(override.replace("$", "$$") for override in overrides)),
-            max_restarts=0,
-            monitor_interval=0.1,
-            local_addr=LOOPBACK,
-        )
-        agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
-        with stop.forwarded_to(agent):
-            result = agent.run()
-        end_children(ORPHANS, others)
-    failures = result.failures.values()
-    if not failures:
+    """One attempt. Also returns the exit status of all workers together."""
+    code, ended = _until_all_ended(config.world, overrides, stop)
+    end_children(ORPHANS, others)
+    if ended is None:  # it was killed itself, or could start none
+        failure, codes = f"the process that starts the ranks {_describe(code)}", {code}
+    elif ended.code is None:
         return Ending(None, early=False, asked=stop.asked), EXIT_OK
-    first = min(failures, key=lambda failure: (failure.timestamp, failure.exitcode < 0))
-    early = stop.asked and all(failure.exitcode == -signal.SIGTERM for failure in failures)
-    status = EXIT_FAILED if any(failure.exitcode == EXIT_FAILED for failure in failures) else EXIT_RETRY
-    return Ending(_describe(first), early, stop.asked), status
+    else:
+        failure, codes = f"rank {ended.rank} {_describe(ended.code)}", set(ended.codes)
+    status = EXIT_FAILED if EXIT_FAILED in codes else EXIT_RETRY
+    return Ending(failure, stop.asked and early(codes), stop.asked), status
+
+
+def _until_all_ended(world: int, overrides: Sequence[str], stop: _StopSignals) -> tuple[int, Ended | None]:
+    """Start the ranks and wait for their end: the exit code of the process that starts them, and what it told."""
+    reader, writer = os.pipe()
+    os.environ |= {"MOVA_RANKS": str(world), "MOVA_REPORT": str(writer)}
+    command = [sys.executable, "-m", "launch.local.ranks", *overrides]
+    # A session of its own: Ctrl-C in a terminal reaches this process only, which passes it on.
+    ranks = subprocess.Popen(command, start_new_session=True, pass_fds=(writer,))
+    os.close(writer)
+    with open(reader, encoding="utf-8") as report:
+        with stop.forwarded_to(ranks):
+            code = ranks.wait()
+        os.set_blocking(reader, False)  # an orphan may hold the other end
+        line = report.readline()
+    return code, Ended.of_line(line) if line else None
 
 
 class _StopSignals:
@@ -191,8 +189,6 @@ class _StopSignals:
         return self._first is not None
 
     def __enter__(self) -> _StopSignals:
-        # The agent would install handlers that kill the workers 30 s after a signal: too early for a large checkpoint.
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         # What is ignored already stays so: nohup ignores SIGHUP, a shell SIGINT for what runs in its background.
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in heard}
@@ -219,11 +215,11 @@ class _StopSignals:
                 return
 
     @contextlib.contextmanager
-    def forwarded_to(self, agent: LocalElasticAgent) -> Iterator[None]:
-        """While entered, requests reach the agent's workers as soon as they exist."""
+    def forwarded_to(self, ranks: subprocess.Popen[bytes]) -> Iterator[None]:
+        """While entered, requests reach the process that starts the ranks, which passes them on."""
         ended = threading.Event()
-        # A thread, since a handler may run when the agent has started some of the workers only.
-        thread = threading.Thread(target=self._forward, args=(agent, ended), name="stop-forwarder", daemon=True)
+        # A thread, since a handler may run before the process is there, and must not print.
+        thread = threading.Thread(target=self._forward, args=(ranks, ended), name="stop-forwarder", daemon=True)
         thread.start()
         try:
             yield
@@ -231,31 +227,16 @@ class _StopSignals:
             ended.set()
             thread.join()
 
-    def _forward(self, agent: LocalElasticAgent, ended: threading.Event) -> None:
+    def _forward(self, ranks: subprocess.Popen[bytes], ended: threading.Event) -> None:
         while not self._requested.wait(0.1):
             if ended.is_set():
                 return
-        while not (pids := _pids(agent)):
-            if ended.wait(0.05):
-                return
         print("stopping: waiting for the checkpoint (Ctrl-C again ends it without)", file=sys.stderr, flush=True)
-        _send(pids, signal.SIGTERM)
+        ranks.send_signal(signal.SIGTERM)
         while not ended.is_set():
             if self._kill.wait(0.1):
-                _send(pids, signal.SIGKILL)
+                ranks.send_signal(KILL)
                 return
-
-
-def _pids(agent: LocalElasticAgent) -> list[int]:
-    return [worker.id for worker in agent.get_worker_group().workers if worker.id is not None]
-
-
-def _send(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
 
 
 @contextlib.contextmanager
@@ -272,18 +253,6 @@ def _orphans_adopted() -> Iterator[list[psutil.Process]]:
     finally:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(SUBREAPER, before.value, 0, 0, 0)
-
-
-@contextlib.contextmanager
-def _agent_silenced() -> Iterator[None]:
-    """While entered, torch's agent prints no pages of its own: they say what Ending says."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _set_environment(world: int, code: Path) -> None:
@@ -312,7 +281,5 @@ def _set_environment(world: int, code: Path) -> None:
     os.environ["LAUNCHER_PID"] = str(os.getpid())
 
 
-def _describe(failure: ProcessFailure) -> str:
-    if failure.exitcode < 0:
-        return f"rank {failure.local_rank} was killed by {signal.Signals(-failure.exitcode).name}"
-    return f"rank {failure.local_rank} ended with exit status {failure.exitcode}"
+def _describe(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"

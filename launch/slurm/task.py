@@ -17,7 +17,7 @@ import time
 from torch.distributed import TCPStore
 
 from core.errors import EXIT_RETRY, RunError
-from launch.rendezvous import LOOPBACK, bind
+from launch.rendezvous import LOOPBACK, bind, hold_store
 from launch.snapshot import check_runs_from
 from launch.worker import follow_parent
 from train.faults.garbage import importing
@@ -43,7 +43,7 @@ def open_store(address: str, port: int) -> TCPStore:
         listener = bind(address, port)
     except OSError as error:
         raise RunError(f"rank 0 cannot listen on {address}:{port}: {error.strerror}", retry=True) from None
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return hold_store(listener, address)
 
 
 def main() -> None:

@@ -17,6 +17,10 @@ UNUSED = {  # by a training of FSDP2 on local shards without W&B
     "scipy", "sklearn", "torchaudio", "torchvision", "transformers", "wandb", "webdataset",
 }  # fmt: skip
 COMPILER = {"torch._dynamo", "torch._inductor", "triton"}  # a second; FSDP2 imports it when it wraps a model
+SHARDING = {  # half a second: of those that train alone
+    "sympy", "torch.distributed.checkpoint", "torch.distributed.elastic.agent", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "train.engine.engine",
+}  # fmt: skip
 IMPORTED = "print(json.dumps(sorted(sys.modules)))"
 TRAINED = f"""
 import json, os, sys
@@ -37,6 +41,27 @@ def run_local(*_):
     return Ending("not run", False, False)
 program.run_local = run_local
 program.PROGRAM.start()
+"""
+FORKED = f"""
+import json, os, sys, threading
+import torch
+import launch.local.ranks as program
+asked = []
+for owner, names in (
+    (torch.cuda, ("is_available", "device_count", "_lazy_init")), (torch._C, ("_cuda_getDeviceCount",))
+):
+    for name in names:
+        setattr(owner, name, lambda *_, name=name: asked.append(name))
+def fork(of_ranks, *_):
+    assert of_ranks.given.config.run.id == "one" and of_ranks.given.plain["steps"] == 1
+    assert threading.active_count() == 1, threading.enumerate()
+    assert asked == [], "a rank that was forked could not use a GPU"
+    {IMPORTED}
+    sys.stdout.flush()
+    os._exit(0)
+program._fork = fork
+os.environ |= dict(LAUNCHER_PID="1", MOVA_RANKS="2", MOVA_REPORT="1", MOVA_CODE=os.environ["PYTHONPATH"])
+program.main()
 """
 LISTED = f"""
 import atexit, json, sys
@@ -72,12 +97,19 @@ def test_training_imports_nothing_that_it_does_not_use(arguments: list[str]) -> 
 def test_the_launcher_imports_nothing_that_it_does_not_use(arguments: list[str]) -> None:
     found = imported(LAUNCHED, arguments, status=1)
     assert "launch.local.local" in found
-    assert found & (UNUSED | COMPILER | {"data.prepare"}) == set()
+    assert found & (UNUSED | COMPILER | SHARDING | {"data.prepare"}) == set()
+
+
+def test_ranks_share_what_they_import_and_the_config_and_could_still_use_a_gpu(arguments: list[str]) -> None:
+    """Before the first fork everything is there that two ranks of FSDP2 need, and nothing that a fork breaks."""
+    found = imported(FORKED, arguments)
+    assert {"train.loop", "torch.distributed.fsdp", "torch._dynamo", "train.checkpoint.saver"} <= found
+    assert found & UNUSED == set()
 
 
 @pytest.mark.parametrize("program", ["train", "launch"])
 def test_a_help_text_imports_no_compiler(program: str) -> None:
-    assert imported(LISTED, [program, "--help"]) & (UNUSED | COMPILER) == set()
+    assert imported(LISTED, [program, "--help"]) & (UNUSED | COMPILER | SHARDING) == set()
 
 
 @pytest.mark.parametrize("given", [["--help"], ["status", "--help"]])

@@ -40,7 +40,9 @@ LOOP = {
     "no clipping": ("train/engine/optim.py", "(norm + 1e-6)).clamp(max=1.0)", "(norm + 1e-6)).clamp(min=1.0, max=1.0)"),
     "eps of its own": ("train/optimizer/adamw.py", "eps=settings.eps,", "eps=1e-8,"),
     "averages that never warm up": ("train/engine/ema.py", "(1 + count) / (10 + count)", "(1 + count) / (1 + count)"),
-    "both towers at the Bridge's rate": ("train/engine/optim.py", "else config.lr_tower", "else config.lr_bridge"),
+    "both towers at the Bridge's rate": (
+        "train/engine/optim_config.py", "else config.lr_tower", "else config.lr_bridge",
+    ),
 }  # fmt: skip
 STOP = {
     "a validation that was cut off is not made up": (

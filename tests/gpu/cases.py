@@ -30,7 +30,7 @@ from tests.gpu.fakecuda import Watch, fake_cuda, fake_tensors, walk_backward
 from tests.train.cases import tiny_config
 from train.checkpoint.saver import HostCopy
 from train.engine.engine import ShardedEngine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.faults import replica_check, straggler
 from train.faults.replica_check import compare_replicas
 from train.faults.straggler import StragglerProbe

@@ -138,8 +138,9 @@ def test_stop_and_failure(folder: Path, launched: list[subprocess.Popen[str]]) -
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     sockets = [socket for member in family for socket in member.net_connections() if socket.status == "LISTEN"]
     assert sockets and {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1"}
-    workers = [member for member in family if "launch.worker" in member.cmdline()]
-    assert sorted(member.environ()["RANK"] for member in workers) == ["0", "1"]
+    ranks = ranks_of(process)
+    assert sorted(ranks) == ["rank 0", "rank 1"]
+    assert ranks["rank 0"].ppid() == ranks["rank 1"].ppid() != process.pid, "one process has imported for both"
 
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=240)
@@ -166,7 +167,6 @@ def test_a_killed_worker_ends_the_run_and_nothing_is_left_of_it(
     process = start(arguments(folder, "killed", "cluster.processes=2", "checkpoint.every=5", upload))
     launched.append(process)
     wait_for_steps(folder / "killed", process)
-    launcher = psutil.Process(process.pid)
 
     def sleepers() -> list[psutil.Process]:
         return [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", long]]
@@ -175,9 +175,7 @@ def test_a_killed_worker_ends_the_run_and_nothing_is_left_of_it(
     while len(sleepers()) < 2:
         assert time.monotonic() < deadline and process.poll() is None, "it uploads"
         time.sleep(0.1)
-    workers = [w for w in launcher.children() if "launch.worker" in w.cmdline()]
-    first = next(worker for worker in workers if worker.environ()["RANK"] == "0")
-    first.kill()
+    ranks_of(process)["rank 0"].kill()
     _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "rank 0 was killed by SIGKILL" in said.splitlines()[-1]
@@ -225,12 +223,12 @@ def test_workers_start_again_after_a_death_and_go_on(folder: Path, launched: lis
     process = start(arguments(folder, "again", "cluster.processes=2", "cluster.restarts=1", "checkpoint.every=5"))
     launched.append(process)
     wait_for_steps(run, process, steps=12)
-    kill_worker(process, "0")
+    ranks_of(process)["rank 0"].kill()
     wait_for(lambda: len(events(run, "begin")) == 2, process)
     resumed = events(run, "begin")[1]["step"]
     assert resumed >= 10 and events(run, "end")[0]["ended"] == "crashed"
     wait_for(lambda: status(run)["state"] == "running" and committed(run) > resumed, process)
-    kill_worker(process, "1")
+    ranks_of(process)["rank 1"].kill()
     _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert f"all workers restart from step {resumed} (restart 1 of at most 1)" in said
@@ -248,9 +246,10 @@ def test_a_mistake_is_not_tried_again(folder: Path, launched: list[subprocess.Po
     assert [line["ended"] for line in events(folder / "mistake", "end")] == ["refused"]
 
 
-def kill_worker(process: subprocess.Popen[str], rank: str) -> None:
-    workers = [w for w in psutil.Process(process.pid).children() if "launch.worker" in w.cmdline()]
-    next(worker for worker in workers if worker.environ()["RANK"] == rank).kill()
+def ranks_of(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """The training processes of a launcher, by the name that ps and top show."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return {member.name(): member for member in family if member.name().startswith("rank ")}
 
 
 def events(run: Path, event: str) -> list[dict]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -25,6 +24,7 @@ from data.dataset.selection import Rule, read_takedown
 from data.errors import DataError, MissingData, ReadError
 from launch.local import local
 from launch.local.local import Ending, LocalConfig, run_local
+from launch.local.ranks import Ended
 from launch.slurm.inputs import missing_inputs
 from launch.slurm.preflight import NO_BLAME, judge
 from tests.shards import make_dataset
@@ -187,12 +187,12 @@ def test_a_launch_leaves_its_process_as_it_was(tmp_path: Path, monkeypatch: pyte
     orphan = tmp_path / "orphan"
     left = f"import subprocess; print(subprocess.Popen(['sleep', '100']).pid, file=open({str(orphan)!r}, 'w'))"
 
-    def attempt(agent: object) -> SimpleNamespace:
+    def attempt(*_: object) -> tuple[int, Ended]:
         subprocess.run([sys.executable, "-c", left], check=True)
         run.write_status("finished", step=9)
-        return SimpleNamespace(failures={})
+        return 0, Ended()
 
-    monkeypatch.setattr(local.LocalElasticAgent, "run", attempt)
+    monkeypatch.setattr(local, "_until_all_ended", attempt)
     handlers, reaper = [signal.getsignal(number) for number in STOP_SIGNALS], reaps_orphans()
     with subprocess.Popen(["sleep", "100"]) as other:
         try:

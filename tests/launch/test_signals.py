@@ -20,8 +20,7 @@ from train.faults.stop import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():

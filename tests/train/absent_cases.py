@@ -21,7 +21,7 @@ from tests.train import cases
 from tests.train.cases import TEXT, convert, full, reference_model, tiny_config
 from tests.train.engine.zero_cases import whole
 from train.engine.engine import Engine, ShardedEngine, build_engine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.objective.noise import Prepared, draw, generator
 from train.objective.objective import Objective, ObjectiveConfig
 from train.objective.validate import NOISE_SEED, ValidationConfig, Validator

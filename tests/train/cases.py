@@ -26,7 +26,8 @@ from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointConfig, TrainState
 from train.checkpoint.saver import Saver
 from train.engine.engine import ShardedEngine
-from train.engine.optim import OptimConfig, ShardedOptimizer, local
+from train.engine.optim import ShardedOptimizer, local
+from train.engine.optim_config import OptimConfig
 from train.objective.noise import Prepared, draw
 from train.objective.objective import Draws, Objective, ObjectiveConfig, StepLosses
 from train.parallel.mesh import Layout, ParallelConfig, make_layout

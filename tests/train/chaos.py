@@ -219,7 +219,8 @@ def main(folder: Path, kills: int = 54, report: Path | None = None) -> None:
     """The long form."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset(folder)
-    import train.__main__  # noqa: F401  before the first fork
+    import train.__main__
+    import train.loop  # noqa: F401  both before the first fork
 
     steps = max(40, 4 * kills)
     if not (folder / "whole" / "status.json").exists():
@@ -260,7 +261,8 @@ JOURNEYS = {  # (ranks, overrides) of each attempt; all but the last one are kil
 def travel(folder: Path, steps: int = 24) -> None:
     """Runs that go on at other numbers of ranks, with sequence parallelism, and under another engine, after a kill each
     time: the samples of each step are the unbroken run's, its losses to 1e-5. AssertionError otherwise."""
-    import train.__main__  # noqa: F401  before the first fork
+    import train.__main__
+    import train.loop  # noqa: F401  both before the first fork
 
     folder.mkdir(parents=True, exist_ok=True)
     dataset(folder)

@@ -59,7 +59,7 @@ def arm(point: str, count: float) -> None:
 def points() -> dict[str, tuple]:
     """{point: (owner, name of a function, whether its end is meant)} of all points inside the trainer."""
     from train import dataloader, loop, ready
-    from train.checkpoint import checkpoint, saver
+    from train.checkpoint import dcp_metadata, saver
     from train.engine import engine
 
     return {
@@ -75,7 +75,7 @@ def points() -> dict[str, tuple]:
         "marker": (saver, "write_marker", False),
         "committed": (saver, "write_marker", True),
         "prune": (saver.shutil, "rmtree", False),
-        "load": (checkpoint, "read_tensors", False),
+        "load": (dcp_metadata, "read_tensors", False),
         "metrics cut": (ready, "cut_metrics", False),
         "resumed": (ready, "cut_metrics", True),
     }

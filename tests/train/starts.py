@@ -11,7 +11,7 @@ from model.joint import JointTransformer
 from train.checkpoint.checkpoint import CheckpointConfig, TrainState
 from train.checkpoint.saver import Saver
 from train.engine.engine import build_engine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.objective.objective import ObjectiveConfig
 from train.parallel.mesh import ParallelConfig, make_layout
 from train.start.config import FRESH, ZERO, InitConfig

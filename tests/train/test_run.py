@@ -317,7 +317,8 @@ def test_wandb_offline_run_carries_the_name_and_the_config(place, finished, tmp_
 def test_training_learns():
     """The loss on one batch, again and again, falls: the gradient points where it should."""
     from tests.train import cases
-    from train.engine.optim import OptimConfig, ShardedOptimizer
+    from train.engine.optim import ShardedOptimizer
+    from train.engine.optim_config import OptimConfig
 
     model = cases.reference_model(cases.tiny_config(), torch.float32)
     optimizer = ShardedOptimizer(model, OptimConfig(lr_tower=3e-3, lr_bridge=3e-3, warmup=0), None)

@@ -30,7 +30,8 @@ from model.rope import Rotary
 from train import loop
 from train.checkpoint.saver import HostCopy
 from train.config import compose_train
-from train.engine.optim import OptimConfig, ShardedOptimizer
+from train.engine.optim import ShardedOptimizer
+from train.engine.optim_config import OptimConfig
 from train.parallel.attention import BOUNDS, differences
 from train.parallel.flops import block_flops
 from train.parallel.mesh import Layout, ParallelConfig, make_layout

@@ -35,7 +35,8 @@ from tools.bench.record import write_record
 from tools.bench.step import CLIP
 from train.data_config import DataConfig
 from train.dataloader import close_data, open_data, open_stream, start_state
-from train.engine.optim import OptimConfig, ShardedOptimizer
+from train.engine.optim import ShardedOptimizer
+from train.engine.optim_config import OptimConfig
 from train.objective.objective import Objective, ObjectiveConfig
 from train.parallel.mesh import ParallelConfig, make_layout, start_process_group
 from train.parallel.parallelize import build_model

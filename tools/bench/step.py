@@ -26,7 +26,8 @@ from data.clip import Bucket
 from model.joint import JointConfig
 from tools.bench.record import write_record
 from train.engine.engine import build_engine
-from train.engine.optim import OptimConfig, ShardedOptimizer
+from train.engine.optim import ShardedOptimizer
+from train.engine.optim_config import OptimConfig
 from train.monitor.counters import CollectiveCounter
 from train.objective.noise import Prepared, draw
 from train.objective.objective import Objective, ObjectiveConfig

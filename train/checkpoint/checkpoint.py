@@ -17,7 +17,7 @@ import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,12 +29,13 @@ from core.ranges import bounded
 from core.renamed_keys import translated
 from core.run_dir import STEP
 from data.loader.state import DataState, Seen
-from train.checkpoint.dcp_metadata import read_tensors
 from train.checkpoint.resume import config_differences
 from train.encoders import encoders_of_start
-from train.engine.engine import Engine
-from train.engine.optim import group_of
+from train.engine.optim_config import group_of
 from train.parallel.collectives import gather, on_first_rank
+
+if TYPE_CHECKING:  # engines import FSDP2; a launcher, which reads the config alone, starts without it
+    from train.engine.engine import Engine
 
 MARKER = "COMMITTED"
 STATE = "state.json"
@@ -259,6 +260,7 @@ def go_back(state: TrainState, path: Path) -> None:
 
 def load_weights_and_moments(engine: Engine, path: Path, content: dict[str, Any]) -> None:
     """What an engine holds, from a checkpoint whose STATE is `content`. All ranks call. RunError: see `load`."""
+    from train.checkpoint.dcp_metadata import read_tensors  # torch's format of checkpoints: 0.2 s
 
     def read(tensors: dict[str, Tensor]) -> None:
         _check_parameters(path, content["parameters"], parameters_of(tensors))

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from model.joint import JointConfig, JointTransformer
 from train.engine.norms import squares_by_group
-from train.engine.optim import OptimConfig, ShardedOptimizer, local, update_squares
+from train.engine.optim import ShardedOptimizer, local, update_squares
+from train.engine.optim_config import OptimConfig
 from train.engine.zero import ZeroEngine
 from train.optimizer.adamw import AdamW
 from train.optimizer.protocol import Optimizer

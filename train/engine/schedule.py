@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "cosine", "wsd")
 
 
 class Schedule(Protocol):
-    """What the rate depends on besides `steps`: keys of OptimConfig (train/engine/optim.py)."""
+    """What the rate depends on besides `steps`: keys of OptimConfig (train/engine/optim_config.py)."""
 
     warmup: int
     schedule: str

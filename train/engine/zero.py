@@ -29,7 +29,8 @@ from core.errors import RunError
 from model.joint import JointConfig, JointTransformer
 from train.engine.ema import Average
 from train.engine.norms import squares_by_group
-from train.engine.optim import OptimConfig, decay_of, rate_of, update_squares
+from train.engine.optim import update_squares
+from train.engine.optim_config import OptimConfig, decay_of, rate_of
 from train.engine.zero_frozen import FrozenWeights
 from train.engine.zero_memory import device_memory, refuse_what_cannot_fit
 from train.engine.zero_setup import AsNetwork, AsTuple, materialise, settings_of, start_deepspeed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.errors import RunError
 from model.joint import JointTransformer, Velocities
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.parallel.recompute import units
 
 LARGEST_BUCKET = 500_000_000  # elements that are reduced at a time: DeepSpeed's own default

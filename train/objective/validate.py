@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,12 @@ from core.ranges import bounded
 from data.batch import Sample, assemble
 from data.dataset.index import DatasetIndex
 from model.joint import JointTransformer
-from train.engine.engine import Engine
 from train.objective.noise import generator
 from train.objective.objective import Draws, Objective, loss_share
 from train.parallel.mesh import Layout
+
+if TYPE_CHECKING:  # engines import FSDP2; a launcher, which reads the config alone, starts without it
+    from train.engine.engine import Engine
 
 NOISE_SEED = 20_260_101  # of the fixed validation noise; changing it makes curves incomparable
 

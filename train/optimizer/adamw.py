@@ -12,7 +12,7 @@ from train.optimizer.protocol import LocalShard
 
 
 class Settings(Protocol):
-    """What AdamW reads from OptimConfig (train/engine/optim.py), besides the settings of each group."""
+    """What AdamW reads from OptimConfig (train/engine/optim_config.py), besides the settings of each group."""
 
     betas: list[float]
     eps: float

@@ -33,7 +33,7 @@ class Optimizer(Protocol):
 
     @classmethod
     def make(cls, groups: list[dict[str, Any]], settings: Any) -> Self:
-        """One over `groups`, each with "params", "lr" and "weight_decay". `settings`: train/engine/optim.py's
+        """One over `groups`, each with "params", "lr" and "weight_decay". `settings`: train/engine/optim_config.py's
         OptimConfig."""
 
     def step(self, closure: Any = None) -> Any:

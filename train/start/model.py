@@ -19,7 +19,6 @@ from core.errors import RunError, UserError
 from core.run_dir import RunDir
 from model.joint import JointConfig
 from train.start.config import InitConfig, init_of
-from train.start.sources import open_sources
 
 CHOICE = "of_source"  # in Hydra's group "model"
 DEFAULT = "tiny"  # of conf/train.yaml
@@ -62,6 +61,8 @@ def _of_run(composed: DictConfig, init: InitConfig) -> dict[str, Any] | None:
 def _of_sources(init: InitConfig, coming: Mapping[str, JointConfig]) -> dict[str, Any]:
     if (known := coming.get(init.source or "")) is not None:
         return asdict(known)
+    from train.start.sources import open_sources  # torch's format of checkpoints: 0.2 s
+
     model = open_sources(init).model
     if model is None:
         raise RunError(

@@ -20,7 +20,8 @@ from tests.train.engine.test_ema import tensors_of
 from tests.train.engine.zero_cases import STEADY, relative, whole
 from train.config import compose_train
 from train.engine.engine import build_engine
-from train.engine.optim import OptimConfig, decay_of, local, rate_of
+from train.engine.optim import local
+from train.engine.optim_config import OptimConfig, decay_of, rate_of
 from train.generate import load_model
 from train.monitor.counters import CollectiveCounter
 from train.objective.objective import Objective

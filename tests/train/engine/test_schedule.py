@@ -10,7 +10,7 @@ from core.errors import RunError
 from core.run_dir import RunDir
 from train.checkpoint.resume import check_run, open_run
 from train.config import default_values
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.engine.schedule import misfit
 
 USUAL = {"warmup": 10, "final_ratio": 0.1, "decay_steps": 0}

@@ -20,7 +20,8 @@ from tests.shards import make_dataset
 from tests.train import cases
 from train import dataloader
 from train.data_config import DataConfig
-from train.engine.optim import OptimConfig, ShardedOptimizer, update_squares
+from train.engine.optim import ShardedOptimizer, update_squares
+from train.engine.optim_config import OptimConfig
 from train.monitor.bridge_probe import BridgeProbe
 from train.objective.objective import Objective
 from train.parallel.parts import GROUPS, tower_of

@@ -15,7 +15,7 @@ from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointConfig, TrainState
 from train.checkpoint.saver import Saver
 from train.engine.engine import Engine, build_engine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.objective.objective import Objective
 from train.parallel.mesh import Layout, ParallelConfig, make_layout
 from train.parallel.parallelize import fill_weights

@@ -13,7 +13,8 @@ from data.clip import EncodedClip
 from model.shift import shift_sigma, unshift_sigma
 from tests.train import cases
 from train.engine import ema
-from train.engine.optim import OptimConfig, ShardedOptimizer
+from train.engine.optim import ShardedOptimizer
+from train.engine.optim_config import OptimConfig
 from train.engine.schedule import lr_factor
 from train.objective.noise import draw, generator
 from train.objective.objective import Objective, ObjectiveConfig, loss_share

@@ -27,7 +27,7 @@ from tests.train import cases
 from tests.train.cases import TEXT, TEXT_DIM, convert, full, reference_model, some
 from tests.train.planted import planted
 from train.engine.engine import ShardedEngine
-from train.engine.optim import OptimConfig
+from train.engine.optim_config import OptimConfig
 from train.objective.noise import Prepared, draw
 from train.objective.objective import Objective
 from train.parallel.mesh import ParallelConfig
