@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.faults.first_day import FIRST_DAY
 from tests.faults.planning import PLAN
+from tests.faults.sequence import SHARED_TOKENS
 from tests.faults.training import FUSED, GUARD, LOOP, MODEL, OBJECTIVE, PARITY, SAMPLER, STOP
 from tests.faults.weights import ENCODERS, WEIGHTS
 
@@ -41,6 +42,7 @@ FAULTS = (
     | WEIGHTS
     | ENCODERS
     | PLAN
+    | SHARED_TOKENS
 )
 
 

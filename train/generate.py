@@ -25,7 +25,7 @@ from train.objective.objective import ObjectiveConfig
 from train.parallel.mesh import Layout, ParallelConfig
 from train.parallel.parallelize import fill_weights, place_model
 from train.parallel.parts import tower_of
-from train.parallel.sequence import shares
+from train.parallel.sequence.cores import shares
 from train.start.checkpoint_tensors import model_of
 from train.start.config import TRAINING, InitConfig
 from train.start.sources import open_sources

@@ -44,7 +44,7 @@ from train.monitor.log import was_validated
 from train.objective.noise import Prepared
 from train.parallel.collectives import gather, on_first_rank
 from train.parallel.mesh import Layout
-from train.parallel.parallelize import compiled_graphs
+from train.parallel.parallelize import compiled_graphs, eager_units
 from train.parallel.step_sums import Flags
 from train.ready import ReadyRun, StoppedInStartUp
 from train.step import Details, StepUnderWay, forward_backward
@@ -200,8 +200,18 @@ class Training(ReadyRun):
         if config.objective.balance:
             found |= {"train/scale_video": scales[0], "train/scale_audio": scales[1]}
         if config.parallel.compile != "none":
-            found |= {"perf/compiled_graphs": compiled_graphs(), "perf/eager_units": self.eager_units}
+            found |= {"perf/compiled_graphs": compiled_graphs(), "perf/eager_units": self._eager_units()}
         return found
+
+    def _eager_units(self) -> int:
+        """Units that are not compiled as the config asks, told after the first step."""
+        eager = eager_units(self.engine.network)
+        if eager and not self._done:
+            self.monitor.say(
+                f"WARNING: {eager} units ran in eager mode though parallel.compile={self.config.parallel.compile}; is "
+                "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE set, or monitor.count_collectives=1?"
+            )
+        return eager
 
     def _steady(self) -> bool:
         """Whether nothing was compiled since the last call."""

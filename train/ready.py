@@ -42,7 +42,7 @@ from train.objective.validate import Validator
 from train.parallel.attention import check_attention
 from train.parallel.collectives import gather, on_first_rank
 from train.parallel.mesh import Layout, spread_timeout
-from train.parallel.parallelize import eager_units, recompute_kinds, recomputed_units
+from train.parallel.parallelize import recomputed_units
 from train.parallel.parts import trained_towers
 from train.parallel.step_sums import StepSignals
 from train.parallel.traffic import layout_rows
@@ -104,10 +104,6 @@ class ReadyRun:
         self.monitor = stack.enter_context(
             Monitor(run_dir, config.monitor, resolved, config.steps, layout.first, facts)
         )
-        self.eager_units = 0
-        if config.parallel.compile != "none":
-            kinds = recompute_kinds(self.engine.network, config.parallel, layout, workload)
-            self.eager_units = eager_units(self.engine.network, config.parallel, layout, kinds)
         self._tell(table, describe_data(data), found)
         self.inspector = Profiler(run_dir, config.inspect, layout.device, self.monitor.event, watchdog.dump)
         stack.callback(self.inspector.close)
@@ -139,11 +135,6 @@ class ReadyRun:
         width = max(map(len, table), default=0) + 2
         for what, value in table.items():
             say(f"  {what:<{width}}{value}")
-        if eager := self.eager_units:
-            say(
-                f"WARNING: parallel.compile={self.config.parallel.compile} leaves {eager} units in eager mode, those "
-                "that are recomputed and whose attention ranks share; parallel.recompute=none compiles them"
-            )
         if line := misfit(self.config.optim, self.config.steps):
             say(f"WARNING: {line}")
         if found is not None:

@@ -46,7 +46,7 @@ CLIPS = {"tiny": ClipSize(49, 64, 64), "sync": ClipSize(49, 64, 64), "small": Cl
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "1 process": (1, []),
     "2 processes, FSDP2": (2, []),
-    "2 processes, ulysses 2, selective": (2, ["parallel.ulysses=2", "parallel.recompute=selective"]),
+    "2 processes, ulysses 2, attention": (2, ["parallel.ulysses=2", "parallel.recompute=attention"]),
     "4 processes, 2 copies, full": (4, ["parallel.dp_replicate=2", "parallel.recompute=full"]),
     "4 processes, ulysses 2": (4, ["parallel.ulysses=2"]),
 }

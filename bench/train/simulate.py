@@ -75,15 +75,15 @@ LAYOUTS = {
     "64 GPUs, ulysses 2": _of(64, ulysses=2),
     "64 GPUs, ulysses 4": _of(64, ulysses=4),
     "64 GPUs": _of(64, ulysses=8),
-    "64 GPUs, attention kept": _of(64, recompute="selective", ulysses=8),
-    "64 GPUs, attention kept, 2 micro-batches": _of(64, recompute="selective", ulysses=8, micro_batches=2),
-    "64 GPUs, 720p, 2 micro-batches": _of(64, P720, recompute="selective", ring=2, ulysses=8, micro_batches=2),
+    "64 GPUs, attention kept": _of(64, recompute="attention", ulysses=8),
+    "64 GPUs, attention kept, 2 micro-batches": _of(64, recompute="attention", ulysses=8, micro_batches=2),
+    "64 GPUs, 720p, 2 micro-batches": _of(64, P720, recompute="attention", ring=2, ulysses=8, micro_batches=2),
     "64 GPUs, 20 GiB kept": _of(64, recompute="budget", recompute_gib=20.0, ulysses=8),
     "64 GPUs, ring 2 x ulysses 4": _of(64, ring=2, ulysses=4),
-    "1,024 GPUs, sharded over all": _of(1024, recompute="selective", ulysses=8),
-    "1,024 GPUs": _of(1024, recompute="selective", dp_replicate=16, ulysses=8),
-    "1,024 GPUs, 720p": _of(1024, P720, recompute="selective", dp_replicate=16, ulysses=8),
-    "1,024 GPUs, 720p, ring 2 x ulysses 8": _of(1024, P720, recompute="selective", dp_replicate=16, ring=2, ulysses=8),
+    "1,024 GPUs, sharded over all": _of(1024, recompute="attention", ulysses=8),
+    "1,024 GPUs": _of(1024, recompute="attention", dp_replicate=16, ulysses=8),
+    "1,024 GPUs, 720p": _of(1024, P720, recompute="attention", dp_replicate=16, ulysses=8),
+    "1,024 GPUs, 720p, ring 2 x ulysses 8": _of(1024, P720, recompute="attention", dp_replicate=16, ring=2, ulysses=8),
 }
 
 

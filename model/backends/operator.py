@@ -8,7 +8,7 @@ checkpoint's list of what is kept. Operators take numbers, texts and tensors onl
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.library import Library, register_autograd, register_fake
 from model.backends.interface import Backend
 
 _LIBRARY = Library("mova", "DEF")  # noqa: TOR901
-_BACKENDS: dict[str, KernelBackend] = {}
+_BACKENDS: dict[str, Backend] = {}
 
 
 class KernelBackend(Backend, Protocol):
@@ -27,7 +27,7 @@ class KernelBackend(Backend, Protocol):
         """Output and log-sum-exp, without gradients. See Backend."""
 
 
-def key_of(backend: KernelBackend) -> str:
+def key_of(backend: Backend) -> str:
     """The text that names this backend to an operator."""
     for key, known in _BACKENDS.items():
         if known is backend:
@@ -37,8 +37,13 @@ def key_of(backend: KernelBackend) -> str:
     return key
 
 
+def backend_of(key: str) -> Backend:
+    """The backend of this key."""
+    return _BACKENDS[key]
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = _BACKENDS[backend].kernel(q, k, v)
+    out, lse = cast(KernelBackend, _BACKENDS[backend]).kernel(q, k, v)
     return out.contiguous(), lse.contiguous()
 
 

@@ -35,6 +35,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from train.parallel.sequence.operators import BODIES, run_body
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = tuple(str(ROOT / name) for name in ("model", "data", "train", "tools", "launch"))
 # Operators whose result's values or shape the host must know.
@@ -90,6 +92,8 @@ class Watch(TorchDispatchMode):
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in BODIES:
+            return run_body(self, func, args, kwargs)
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # x.device, asked all the time
             return func(*args, **kwargs)

@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 
 from train.engine import engine
 from train.objective import noise
-from train.parallel import mesh, sequence
+from train.parallel import mesh
+from train.parallel.sequence import cores, merge, ring
 
 
 @contextmanager
@@ -34,46 +35,47 @@ def _data_ranks_for_ranks() -> Patch:
 
 def _mean_in_merge() -> Patch:
     """A factor of 1/sp where gradients of merged answers are summed over the group."""
-    right = sequence._sum
-    return sequence, "_sum", lambda grad, group: right(grad, group) / dist.get_world_size(group)
+    right = merge._sum
+    return merge, "_sum", lambda grad, group: right(grad, group) / dist.get_world_size(group)
 
 
 def _own_part_in_merge() -> Patch:
     """The gradient of merged answers taken from this rank's use of them only."""
-    return sequence, "_sum", lambda grad, group: grad.clone()
+    return merge, "_sum", lambda grad, group: grad.clone()
 
 
 def _attended_pad() -> Patch:
     """Keys padded to a number that the ranks divide, and attended to."""
 
-    class Padded(sequence.DenseCore):
+    class Padded(cores.DenseCore):
         def __call__(self, q: Any, k: Any, v: Any) -> Any:
             missing = -k.shape[1] % 4
             return super().__call__(q, *(pad(x, (0, 0, 0, 0, 0, missing)) for x in (k, v)))
 
-    return sequence, "DenseCore", Padded
+    return cores, "DenseCore", Padded
 
 
 def _no_bridge_gradient() -> Patch:
     """What sound wants of the picture does not reach the picture."""
-    right = sequence._Merge.backward
+    right = merge.MERGE_BACKWARD
 
-    def backward(ctx: Any, grad: Any) -> Any:
-        dq, dk, dv, *rest = right(ctx, grad)
-        return dq, torch.zeros_like(dk), torch.zeros_like(dv), *rest
+    def gradients(*given: Any) -> Any:
+        dq, dk, dv = right(*given)
+        return dq, torch.zeros_like(dk), torch.zeros_like(dv)
 
-    return sequence._Merge, "backward", staticmethod(backward)
+    return merge, "MERGE_BACKWARD", gradients
 
 
 def _ring_backward(altered: Callable[[Any], Callable[..., Any]]) -> Patch:
     """A ring whose backward calls `altered(backend.backward)` for each block."""
-    right = sequence._Ring.backward
+    right = ring._ring_backward
 
-    def backward(ctx: Any, grad: Any) -> Any:
-        with patch.object(ctx, "backend", SimpleNamespace(backward=altered(ctx.backend.backward))):
-            return right(ctx, grad)
+    def backward(*given: Any) -> Any:
+        kernel = altered(ring.backend_of(given[-1]).backward)
+        with patch.object(ring, "backend_of", lambda _: SimpleNamespace(backward=kernel)):
+            return right(*given)
 
-    return sequence._Ring, "backward", staticmethod(backward)
+    return ring, "RING_BACKWARD", backward
 
 
 def _first_block_again() -> Patch:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.parallel.mesh import Layout
+from train.parallel.sequence.operators import BODIES, run_body
 
 # Operators of torch.distributed by their usual names. Receives and barriers send nothing.
 KINDS = {
@@ -61,6 +62,8 @@ class CollectiveCounter(TorchDispatchMode):
         self.calls: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in BODIES:
+            return run_body(self, func, args, kwargs)
         if func.namespace == "c10d":
             self._count(func.__name__.split(".")[0], args)
         return func(*args, **(kwargs or {}))

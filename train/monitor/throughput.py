@@ -121,7 +121,7 @@ def recomputed_flops(
     total = 0
     for (shape, kind), count in units.items():
         products, attention = costs.get(shape, (0, 0))
-        again = {"none": 0, "full": products + attention, "selective": products}[kind]
+        again = {"none": 0, "full": products + attention, "attention": products, "selective": products}[kind]
         total += count * again // (len(config.experts) if shape == "video" else 1)
     return total
 

@@ -17,7 +17,7 @@ from model.backends.interface import Backend
 from model.joint import JointConfig
 from train.parallel.collectives import gather
 from train.parallel.mesh import Layout
-from train.parallel.sequence import shares
+from train.parallel.sequence.cores import shares
 from train.parallel.workload import Workload
 
 # Relative L2 error. Rounding alone gives about 3e-3 in bfloat16.

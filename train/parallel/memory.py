@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from train.parallel.sequence.operators import BODIES, run_body
+
 
 class LiveMemory(TorchDispatchMode):
     """While entered, follows every storage that an operator returns until it is freed or resized."""
@@ -32,6 +34,8 @@ class LiveMemory(TorchDispatchMode):
             self._add(storage, storage.nbytes())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in BODIES:
+            return run_body(self, func, args, kwargs)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in self._sizes:

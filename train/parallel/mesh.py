@@ -17,7 +17,7 @@ from model.backends.choice import BACKENDS, Choice, choose
 from model.backends.interface import Needs
 from model.backends.sdpa import Sdpa
 from train.parallel.recompute import KINDS
-from train.parallel.sequence import SequenceGroup
+from train.parallel.sequence.cores import SequenceGroup
 
 ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -40,7 +40,8 @@ class ParallelConfig:
         master weights, optimizer state and the reduction of gradients stay float32 (float64 if it is float64)
     attention: backend of attention (model/backends/choice.py); "auto": the fastest that works here
     deterministic: the same step gives the same bits on a GPU too, at a cost (train/engine/deterministic.py)
-    recompute: activation checkpointing: "none", "full", "selective" or "budget" (train/parallel/recompute.py)
+    recompute: activation checkpointing: "none", "full", "attention", "selective" or "budget" (see
+        train/parallel/recompute.py)
     recompute_gib: GiB that a rank may keep for backward, with recompute=budget
     compile: backend of torch.compile for each block ("inductor"; "aot_eager" to find out quickly whether it compiles),
         or "none"

@@ -23,7 +23,7 @@ from model.tower import Tower
 from train.parallel.mesh import Layout, ParallelConfig
 from train.parallel.parts import ALL, forward_order, freeze, in_backward
 from train.parallel.recompute import choose_kinds, recompute_activations, shape_of, units
-from train.parallel.sequence import shard_sequence
+from train.parallel.sequence.cores import shard_sequence
 from train.parallel.workload import Workload
 
 # Graphs of a piece of code: torch's limit of 8 does not hold training and validation, one clip and several, and the
@@ -86,11 +86,11 @@ def prepare_model(
 
 
 def compile_units(model: JointTransformer, backend: str) -> None:
-    """Compile each block and Bridge direction, those of a shape from a copy of their code.
+    """Compile each block and Bridge direction whole, those of a shape from a copy of their code.
 
-    torch keeps what it learns of code by the code: where all shapes share one function, a unit that cannot be compiled
-    leaves others in eager mode, and the graphs of all count against one limit. Beyond that limit torch would run units
-    in eager mode, silently; here it is an error.
+    torch keeps what it learns of code by the code: where all shapes share one function, the graphs of all count against
+    one limit. What torch cannot compile, and what exceeds the limit, it would run in eager mode, silently; here it is
+    an error. Compiled is the forward with its checkpoint in it, and nothing around it: FSDP's hooks stay outside.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -102,8 +102,8 @@ def compile_units(model: JointTransformer, backend: str) -> None:
         code = function.__code__
         own = copies.setdefault((code, shape), code.replace(co_name=f"{shape}_{code.co_name.strip('<>')}"))
         copied = FunctionType(own, function.__globals__, own.co_name, function.__defaults__, function.__closure__)
-        unit.forward = MethodType(copied, unit) if isinstance(forward, MethodType) else copied
-        unit.compile(backend=backend)
+        bound = MethodType(copied, unit) if isinstance(forward, MethodType) else copied
+        unit.forward = torch.compile(bound, backend=backend, fullgraph=True)
 
 
 def compiled_graphs() -> int:
@@ -113,14 +113,12 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def eager_units(model: JointTransformer, parallel: ParallelConfig, layout: Layout, kinds: list[str]) -> int:
-    """How many units torch.compile leaves in eager mode, `kinds` as of `recompute_kinds`. Within a checkpoint a core
-    that ranks share breaks the graph, and then the whole unit runs as it is; torch reports this nowhere."""
-    if parallel.compile == "none" or layout.sequence.size == 1:
-        return 0
-    names = {module: name for name, module in model.named_modules()}
-    shared = [shape_of(names[unit]) in ("video", "to_audio") for unit in units(model)]
-    return sum(one and kind != "none" for one, kind in zip(shared, kinds, strict=True))
+def eager_units(model: JointTransformer) -> int:
+    """How many units would be compiled and have no graph: before the first step all, after it none, unless something
+    that torch heeds (TORCHDYNAMO_DISABLE=1, a dispatch mode) turned compilation off, which it reports nowhere."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_fn
+
+    return sum(not _debug_get_cache_entry_list(innermost_fn(unit.forward).__code__) for unit in units(model))
 
 
 def recompute_kinds(

@@ -2,9 +2,12 @@
 
 - `none`: everything is kept.
 - `full`: only a block's inputs are kept; its forward runs twice.
-- `selective`: attention outputs are kept too. At 43,000 tokens attention is more than half of a block's FLOPs, its
-  output is one tensor of many: this saves most of the memory and avoids most of the recomputation.
-- `budget`: one of the three for each block, such that a rank keeps at most so many GiB and recomputes the fewest FLOPs.
+- `attention`: attention outputs are kept too, those of a ring or a merge as one. At 43,000 tokens attention is more
+  than half of a block's FLOPs, its output is one tensor of many: this saves most of the memory and avoids most of the
+  recomputation.
+- `selective`: what Ulysses exchanges is kept too, four tensors a block of the size of its input: nothing is sent again.
+- `budget`: "none", "full" or "attention" for each block, such that a rank keeps at most so many GiB and recomputes the
+  fewest FLOPs.
 
 No random number is drawn in a forward, so no generator state is saved or restored.
 
@@ -35,18 +38,26 @@ from model.rope import Rotary
 from model.tower import Tower
 from train.parallel.flops import block_flops, bridge_flops
 from train.parallel.memory import LiveMemory
+from train.parallel.sequence.merge import FRAMES, MERGE
+from train.parallel.sequence.ring import RING
+from train.parallel.sequence.ulysses import HEADS_FOR_TOKENS, TOKENS_FOR_HEADS
 from train.parallel.workload import Workload
 
-KINDS = ("none", "full", "selective")
+KINDS = ("none", "full", "attention", "selective")
 _ATEN = torch.ops.aten
-KEPT = [  # by selective: every operator that computes attention
+ATTENTIONS = [  # every operator that computes attention
     ATTENTION,
+    RING,
+    MERGE,
+    FRAMES,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_fused_attention_overrideable.default,
 ]
+KEPT = {"attention": ATTENTIONS, "selective": [*ATTENTIONS, HEADS_FOR_TOKENS, TOKENS_FOR_HEADS]}  # besides the inputs
+CHOSEN = ("none", "full", "attention")  # by budget, which counts FLOPs: what is sent again costs none
 GIB = 2**30
 
 
@@ -64,10 +75,10 @@ def checkpointed(unit: nn.Module, kind: str, compiled: bool) -> Callable[..., An
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "none":
         return forward
-    if kind == "selective" and compiled:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
-    elif kind == "selective":
-        options["context_fn"] = _contexts_in_cores
+    if kind in KEPT and compiled:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT[kind])
+    elif kind in KEPT:
+        options["context_fn"] = partial(_contexts_in_cores, KEPT[kind])
         for module in unit.modules():
             if isinstance(module, Attention | ProbeAttention) and not isinstance(module.core, KeptCore):
                 module.core = KeptCore(module.core)  # type: ignore[assignment]  # one of the two kinds
@@ -100,9 +111,9 @@ class _InCores:
         KeptCore.modes.pop()
 
 
-def _contexts_in_cores() -> tuple[_InCores, _InCores]:
-    """Of the forward and of the recomputation, for one checkpoint."""
-    forward, again = create_selective_checkpoint_contexts(KEPT)
+def _contexts_in_cores(kept: list[Any]) -> tuple[_InCores, _InCores]:
+    """Of the forward and of the recomputation, for one checkpoint. `kept`: operators."""
+    forward, again = create_selective_checkpoint_contexts(kept)
     return _InCores(forward), _InCores(again)
 
 
@@ -136,7 +147,7 @@ def choose_kinds(
     experts = {shape: len(model.config.experts) if shape == "video" else 1 for shape in set(shapes)}
     counts = {shape: shapes.count(shape) // experts[shape] for shape in experts}  # that run in a step
     costs = {
-        (shape, k): unit_cost(model.config, shape, k, workload, sequence, compute) for shape in counts for k in KINDS
+        (shape, k): unit_cost(model.config, shape, k, workload, sequence, compute) for shape in counts for k in CHOSEN
     }
     left = gib * GIB - sum(count * costs[shape, "full"].kept for shape, count in counts.items())
     if left < 0:
@@ -149,7 +160,7 @@ def choose_kinds(
         moves = []
         for shape, kinds_now in chosen.items():
             for now in set(kinds_now):
-                for better in KINDS:
+                for better in CHOSEN:
                     added = costs[shape, better].kept - costs[shape, now].kept
                     saved = costs[shape, now].again - costs[shape, better].again
                     if saved > 0 and added <= left:
@@ -178,7 +189,7 @@ class UnitCost:
 def unit_cost(
     config: JointConfig, shape: str, kind: str, workload: Workload, sequence: int, compute: torch.dtype
 ) -> UnitCost:
-    """What a unit ("video", "audio", "to_video", "to_audio") costs when checkpointed in this way.
+    """What a unit ("video", "audio", "to_video", "to_audio") costs when checkpointed in one of the ways of CHOSEN.
 
     The bytes are measured, by running the unit on fake tensors over the tokens of one rank. Under sequence parallelism
     the exchanged tensors that attention keeps are as large as those they were made of.
@@ -208,7 +219,7 @@ def unit_cost(
         for module in unit.modules():  # Module.to cannot replace fake parameters
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=compute)))
-        recompute = {"none": 0, "full": products + attended, "selective": products}[kind]
+        recompute = {"none": 0, "full": products + attended, "attention": products}[kind]
         forward = checkpointed(unit, kind, compiled=False)
         with LiveMemory() as memory:
             out = forward(*inputs)

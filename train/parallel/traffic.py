@@ -16,10 +16,10 @@ from model.joint import JointConfig, JointTransformer
 from train.parallel.flops import step_flops
 from train.parallel.host_memory import host_bytes_of, host_memory
 from train.parallel.mesh import Layout, ParallelConfig, counted, sockets
-from train.parallel.parallelize import eager_units, recompute_kinds
+from train.parallel.parallelize import recompute_kinds
 from train.parallel.parts import ALL, GROUPS, forward_order, freeze, in_backward, tower_of
 from train.parallel.recompute import units
-from train.parallel.sequence import shares
+from train.parallel.sequence.cores import shares
 from train.parallel.workload import Workload
 
 EXACT = (".time_embedding.", ".time_projection.")  # computed in the dtype of reduction, see parallelize.shard_model
@@ -78,19 +78,23 @@ def micro_batch_bytes(
 ) -> dict[str, float]:
     """Bytes that sequence parallelism sends for one micro-batch; compute, wide: bytes of an element.
 
-    A recomputed unit sends again what its forward sent.
+    A recomputed unit sends again what its forward sent and checkpointing did not keep: "attention" keeps rings and
+    merges, "selective" Ulysses' exchanges too.
     """
     config, group, expert = model.config, layout.sequence, _trained_expert(model)
     passed = _in_backward(model, expert)
-    again = {module for module, kind in zip(units(model), kinds, strict=True) if kind != "none" and module in passed}
+    kind_of = {module: kind for module, kind in zip(units(model), kinds, strict=True) if module in passed}
     blocks = model.expert(expert).blocks
     questions = model.dual_tower_bridge.video_to_audio_conditioners.values()
     forward, backward = attention_bytes(config, layout, workload, compute, wide)
     merged = bridge_bytes(config, group.size, workload, wide)
-    forwards = len(blocks) + sum(block in again for block in blocks)
+    again = {"ulysses": ("full", "attention"), "ring": ("full",)}  # the kinds that send it again
     backwards = sum(block in passed for block in blocks)
-    found = {axis: forwards * forward[axis] + backwards * backward[axis] for axis in forward}
-    merges = len(questions) + sum(conditioner in again for conditioner in questions)
+    found = {}
+    for axis, kinds_again in again.items():
+        forwards = len(blocks) + sum(kind_of.get(block) in kinds_again for block in blocks)
+        found[axis] = forwards * forward[axis] + backwards * backward[axis]
+    merges = len(questions) + sum(kind_of.get(conditioner) == "full" for conditioner in questions)
     returns = sum(conditioner in passed for conditioner in questions)
     return found | {"sequence": merges * merged[0] + returns * merged[1]}
 
@@ -172,9 +176,7 @@ def layout_rows(
         ("FLOPs", f"{flops / group.size / 1e12:,.3g} TFLOP per rank and step, without recomputation"),
     ]  # fmt: skip
     if parallel.compile != "none":
-        eager = eager_units(model, parallel, layout, kinds)
-        words = f"; {eager} run in eager mode (recomputed, and shared by ranks)" if eager else ""
-        rows.append(("compiled", f"{len(kinds) - eager} of {len(kinds)} units by {parallel.compile}{words}"))
+        rows.append(("compiled", f"{len(kinds)} units by {parallel.compile}"))
     if parallel.engine == "fsdp2":
         for axis, size in step_bytes(model, parallel, layout, workload, kinds).items():
             rows.append((f"sent over {axis}", f"{size / 1e6:,.3g} MB per rank and step"))

@@ -104,7 +104,7 @@ def count_step(
     gpu: bool,
     lines: bool = False,
 ) -> dict[str, Counts]:
-    """Counts of every shape of unit with each of these kinds of checkpointing ("none", "full", "selective"), of one
+    """Counts of every shape of unit with each of these kinds of checkpointing ("none", "full", ...), of one
     micro-batch.
 
     `gpu`: count the kernels of a GPU; else those that torch runs on a CPU. `lines`: by line of the program too. Starts

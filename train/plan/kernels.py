@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from model import fused
+from train.parallel.sequence.operators import BODIES, run_body
 from train.plan.lines import LineFinder, SourceLine
 
 # FLOPs of torch's attention on the CPU, which its registry lacks; backward computes the scores again.
@@ -65,6 +66,8 @@ class OpCounter(TorchDispatchMode):
         self.entered.remove(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in BODIES:
+            return run_body(self, func, args, kwargs)
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace in ("c10d", "_c10d_functional", "prim"):

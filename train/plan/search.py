@@ -24,7 +24,7 @@ from train.plan.plan import GIB, Key, KnownCounts, Plan, key_of, plan_run, resol
 from train.plan.question import Question
 from train.plan.timing import PART_NAMES
 
-KINDS = ("none", "selective", "full")
+KINDS = ("none", "selective", "attention", "full")
 RINGS = (1, 2, 4)
 BEST = 10  # layouts that are shown
 VARIED = 3  # of the fastest layouts, those that the second round varies
@@ -72,6 +72,8 @@ def candidates(question: Question) -> Iterator[ParallelConfig]:
                 if world % shards or shards % shared or shards < min(world, node):
                     continue
                 for kind in KINDS:
+                    if kind == "selective" and ulysses == 1:
+                        continue  # nothing is exchanged: the same as "attention"
                     yield dataclasses.replace(
                         given, engine="fsdp2", dp_replicate=world // shards, dp_shard=-1, ring=ring, ulysses=ulysses,
                         recompute=kind, recompute_gib=None,

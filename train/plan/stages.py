@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from train.optimizer.adamw import AdamW
 from train.parallel.mesh import Layout, ParallelConfig
+from train.parallel.recompute import KEPT
 from train.plan.count import REST, Counts, Pass
 from train.plan.memory import UnitWeights, Weights
 from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, StepTime, simulate
@@ -14,8 +15,9 @@ from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, 
 # float32, the norm and the clipping read the gradient again and write it; an average is read with its weight and
 # written.
 ADAMW, AVERAGE = 40, 12
-# Dispatch modes of selective checkpointing run Python for operators of attention cores: host time of a kernel over that
-# of one without them, measured on a CPU with tiny widths and true depths (bench/results/host.md).
+# Checkpointing that keeps attention enters dispatch modes, which run Python for operators of attention cores: host time
+# of a kernel over that of one without them, measured of "selective" on a CPU with tiny widths and true depths
+# (bench/results/host.md).
 SELECTIVE_HOST = 1.2
 
 
@@ -36,7 +38,7 @@ def predict_step(
     optimizer = [Kernel("memory", 0, shard * (ADAMW + AVERAGE * average))]
     if parallel.optimizer_state == "host":  # on the computing stream, there, updated, and back
         optimizer.append(Kernel(HOST_COPY, 0, 2 * len(AdamW.KEYS) * 4 * shard))
-    selective = sum(unit.kind == "selective" for unit in weights.units) / max(1, len(_blocks(weights)))
+    kept = sum(unit.kind in KEPT for unit in weights.units) / max(1, len(_blocks(weights)))
     return simulate(
         clock,
         forward,
@@ -45,7 +47,7 @@ def predict_step(
         optimizer,
         micro_batches,
         reduced_last=parallel.accumulate == "unsharded",
-        host_factor=1 + (SELECTIVE_HOST - 1) * selective,
+        host_factor=1 + (SELECTIVE_HOST - 1) * kept,
     )
 
 

@@ -1,5 +1,5 @@
-"""A ring of sequence-parallel ranks in one process: a thread a rank, with the sends of train/parallel/sequence.py in
-between."""
+"""A ring of sequence-parallel ranks in one process: a thread a rank, with the sends of train/parallel/sequence/ring.py
+in between."""
 
 import queue
 import threading
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from train.parallel import sequence
+from train.parallel.sequence import ring
 
 
 def run_ring(ranks: int, function: Callable[[int], Any]) -> list[Any]:
@@ -18,12 +18,12 @@ def run_ring(ranks: int, function: Callable[[int], Any]) -> list[Any]:
     results: list[Any] = [None] * ranks
 
     def start(held: Any, length: int, group: Any) -> Any:
-        mail[(here.rank + 1) % ranks].put(held.clone())
+        mail[(here.rank + 1) % ranks].put([x.clone() for x in held])
         return length
 
     def finish(length: int) -> Any:
         received = mail[here.rank].get(timeout=60)
-        assert received.shape[2] == length
+        assert all(x.shape[1] == length for x in received)
         return received
 
     def work(rank: int) -> None:
@@ -31,9 +31,10 @@ def run_ring(ranks: int, function: Callable[[int], Any]) -> list[Any]:
         results[rank] = function(rank)
 
     with (
-        patch.object(sequence, "dist", SimpleNamespace(get_rank=lambda _: here.rank)),
-        patch.object(sequence, "_start_rotation", start),
-        patch.object(sequence, "_finish_rotation", finish),
+        patch.object(ring, "group_of", lambda _: None),
+        patch.object(ring, "dist", SimpleNamespace(get_rank=lambda _: here.rank)),
+        patch.object(ring, "_start_rotation", start),
+        patch.object(ring, "_finish_rotation", finish),
     ):
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
         for thread in threads:

@@ -18,6 +18,7 @@ from train.generate import WholeField
 from train.objective.objective import loss_share
 from train.parallel import mesh
 from train.parallel.mesh import ParallelConfig
+from train.parallel.sequence.operators import BODIES, run_body
 
 
 class Spy(Sdpa):
@@ -54,6 +55,8 @@ class Elsewhere(TorchDispatchMode):
         self.spy, self.forwards, self.backwards = spy, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in BODIES:
+            return run_body(self, func, args, kwargs)
         name = func.overloadpacket.__name__
         if ("attention" in name or name == "_softmax") and not self.spy.inside:
             self.backwards += "backward" in name

@@ -1,119 +1,101 @@
-"""Units that torch.compile leaves in eager mode are counted and named at the start of a run: torch itself is silent."""
+"""Every unit is compiled whole under every kind of checkpointing and sequence parallelism, with exact gradients."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 
-from data.clip import Bucket
 from tests.distributed import run_cases
-from tests.train import cases
-from tests.train.parallel import parity
-from tools.bench.step import make_batch
-from train.objective.objective import Objective, loss_share
-from train.parallel.mesh import ParallelConfig
-from train.parallel.parallelize import compiled_graphs, eager_units, recompute_kinds
-from train.parallel.recompute import units
-from train.parallel.traffic import layout_rows
-from train.parallel.workload import Workload
-from train.step import forward_backward
+from tests.train.parallel.compiled import BUCKETS, a_step_of_each, many_buckets, not_compiled
+from train.parallel.recompute import KINDS
 
-CASES: dict[str, tuple[dict[str, int], str]] = {
-    "alone, full": ({}, "full"),
-    "alone, selective": ({}, "selective"),
-    "ulysses, none": ({"ulysses": 2}, "none"),
-    "ulysses, full": ({"ulysses": 2}, "full"),
-    "ring, selective": ({"ring": 2}, "selective"),
+ALL, WITH_SHARED_TOKENS = ("video", "audio", "to_video", "to_audio"), ("video", "to_audio")
+SHARED: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {  # on how many ranks, what is compiled
+    "alone": (1, {}, ALL),
+    "ulysses": (2, {"ulysses": 2}, WITH_SHARED_TOKENS),
+    "ring": (2, {"ring": 2}, WITH_SHARED_TOKENS),
+    "both": (4, {"ring": 2, "ulysses": 2}, WITH_SHARED_TOKENS),
 }
-
-# Ten geometries: latent frames, height, width; steps of sound.
-BUCKETS = [
-    (2, 4, 4, 9), (3, 4, 4, 13), (2, 6, 4, 9), (5, 2, 8, 21), (2, 8, 2, 9), (4, 4, 6, 17), (3, 2, 2, 13), (6, 4, 4, 25),
-    (2, 10, 4, 9), (7, 2, 4, 30),
+ALL_CASES = [f"{shared}, {kind}" for shared in SHARED for kind in KINDS]
+QUICK = [
+    "alone, attention", "ulysses, none", "ulysses, attention", "ulysses, selective", "ring, attention", "both, full",
+    "both, selective",
 ]  # fmt: skip
-
-
-def counting(ran: Counter[str]) -> None:
-    """Make a backend of torch.compile of this name, whose graphs run as they are and are counted."""
-
-    def compiler(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
-        def run(*given: Any) -> Any:
-            ran["graphs"] += 1
-            return module.forward(*given)
-
-        return run
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    torch._dynamo.backends.registry._COMPILER_FNS["counting"] = compiler
-    torch._dynamo.backends.registry._BACKENDS["counting"] = None
-
-
-def a_step(settings: dict[str, int], kind: str) -> dict[str, Any]:
-    """How many graphs ran in one forward and backward of a layout, which units were called, and what is said of it."""
-    ran: Counter[str] = Counter()
-    counting(ran)
-    parallel = ParallelConfig(compute_dtype="float64", recompute=kind, compile="counting", **settings)
-    config = parity.config_of(3)
-    model, layout = cases.sharded_model(config, parallel)
-    batches = parity.micro_batches(0, 4, layout.dp_rank, layout.dp_world, torch.float64)
-    forward_backward(model, batches, parity.OBJECTIVE, "high", layout)
-    idle = {id(module) for module in model.video_dit_2.modules()}
-    workload = Workload(4, (2, 2, 2), 9)
-    kinds = recompute_kinds(model, parallel, layout, workload)
-    active = [unit for unit in units(model) if id(unit) not in idle]
-    return {
-        "ran": ran["graphs"], "active": len(active) * len(batches),
-        "idle": len(units(model)) - len(active), "blocks": len(model.video_dit.blocks) * len(batches),
-        "to_audio": len(model.dual_tower_bridge.video_to_audio_conditioners) * len(batches),
-        "eager": eager_units(model, parallel, layout, kinds), "units": len(kinds),
-        "row": dict(layout_rows(config, parallel, layout, workload))["compiled"],
-    }  # fmt: skip
-
-
-def many_buckets(settings: dict[str, int], kind: str) -> dict[str, Any]:
-    """Graphs after each step: ten buckets, of one and of two clips in turn, a visit of validation behind each."""
-    counting(Counter())
-    parallel = ParallelConfig(compute_dtype="float64", recompute=kind, compile="counting", **settings)
-    config = parity.config_of(3)
-    model, layout = cases.sharded_model(config, parallel)
-    objective, graphs = Objective(parity.OBJECTIVE, config.experts), []
-    for number, (frames, height, width, sound) in enumerate(BUCKETS * 2):
-        bucket = Bucket(frames, height, width, sound, 24.0, has_video=True, has_audio=True)
-        batches = [make_batch(config, 1 + number % 2, number, objective, bucket)]
-        forward_backward(model, batches, parity.OBJECTIVE, ("high", "low")[number // 2 % 2], layout)
-        with torch.no_grad():
-            loss_share(model, batches[0].batch, batches[0].draws, parity.OBJECTIVE, "high")
-        graphs.append(compiled_graphs())
-    return {"graphs": graphs}
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.matrix) for name in ALL_CASES]
+SENDS_AGAIN = {"all_to_all": ("full", "attention"), "rotations": ("full",)}
 
 
 @pytest.fixture(scope="module")
-def ranks() -> dict[str, list[dict[str, Any]]]:
-    buckets = {f"buckets, {name}": (many_buckets, CASES[name]) for name in ("alone, full", "ulysses, none")}
-    return run_cases(2, {name: (a_step, case) for name, case in CASES.items()} | buckets)
+def ranks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    """What each case that is asked for finds on its ranks."""
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for world in (1, 2, 4):
+        cases: dict[str, Any] = {}
+        for name in ALL_CASES:
+            ranks, settings, shapes = SHARED[name.split(", ")[0]]
+            if ranks == world and name in asked:
+                cases[name] = a_step_of_each, (settings, name.split(", ")[1], shapes)
+        if world == 1:
+            cases["not compiled"] = not_compiled, ()
+            cases["buckets, alone"] = many_buckets, ({}, "full", ALL)
+        if world == 2:
+            cases["inductor"] = a_step_of_each, ({"ulysses": 2}, "attention", ("video",), "inductor", "float32")
+            cases["buckets, ulysses"] = many_buckets, ({"ulysses": 2}, "attention", ALL)
+        found |= run_cases(world, cases)
+    return found
+
+
+@pytest.mark.parametrize("name", [*CASES, "inductor"])
+def test_gradients_are_those_of_one_process(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Of every parameter, in each bucket: uneven tokens, heads that the ranks do not divide, frames that they cut. In
+    float64; by inductor in float32, since in torch 2.11 its code of a dense attention in float64 fails on a CPU, and
+    then beside the rounding of one process in float32."""
+    for found in ranks[name]:
+        assert len(found["errors"]) == len(BUCKETS)
+        for (error, _), (rounding, _) in zip(found["errors"], found["rounding"], strict=True):
+            assert 0 < error < (3 * rounding if name == "inductor" else 1e-10), (found["errors"], found["rounding"])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_units_that_run_as_they_are_are_those_that_are_counted(
-    ranks: dict[str, list[dict[str, Any]]], name: str
-) -> None:
-    """A compiled unit runs one graph, and more where it is broken at a core; one in eager mode runs none."""
+def test_each_unit_runs_one_graph_forward_and_one_backward(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """A unit that is broken into pieces runs more, one in eager mode none. A shape's second graph serves all buckets
+    but the first; a Bridge direction has one more for clips of which each has its own scale."""
+    shapes = SHARED[name.split(", ")[0]][2]
     for found in ranks[name]:
-        if name in ("alone, full", "alone, selective", "ulysses, none"):
-            assert found["eager"] == 0 and found["ran"] >= found["active"]
-            assert found["row"] == f"{found['units']} of {found['units']} units by counting"
-        else:
-            assert found["ran"] == found["active"] - found["blocks"] - found["to_audio"] > 0
-            assert found["eager"] == found["idle"] + found["blocks"] + found["to_audio"]
-            assert f"{found['eager']} run in eager mode (recomputed, and shared by ranks)" in found["row"]
+        active = found["active"]
+        assert found["ran"] == [{"forward": active, "backward": active}] * len(BUCKETS)
+        assert found["eager"] == [0] * len(BUCKETS)
+        first, second, third = (made / len(shapes) for made in found["made"])
+        assert first == 1 and second == 2 and third <= 3
 
 
-@pytest.mark.parametrize("name", ["alone, full", "ulysses, none"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_kept_is_not_sent_again(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Four tensors of a block are exchanged in forward and four in backward; of a ring of two, one turn in forward and
+    one in backward move keys and values, and two the gradients."""
+    shared, kind = name.split(", ")
+    once = {
+        "all_to_all": 8 if shared in ("ulysses", "both") else 0,
+        "rotations": 4 if shared in ("ring", "both") else 0,
+    }
+    again = {"all_to_all": 4, "rotations": 1}
+    for found in ranks[name]:
+        for calls in found["calls"]:
+            for what, times in once.items():
+                expected = times + again[what] * (times > 0 and kind in SENDS_AGAIN[what])
+                assert calls.get(what, 0) == expected * found["blocks"], what
+
+
+@pytest.mark.parametrize("name", ["alone", "ulysses"])
 def test_graphs_are_made_for_the_first_buckets_and_serve_all(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
     """None is made for a bucket that was seen, and fewer than half of what a set for each bucket would be; more of a
     piece of code than the limit would be an error."""
     for found in ranks[f"buckets, {name}"]:
-        graphs = found["graphs"]
-        assert graphs[9] == graphs[-1] and graphs[0] < graphs[-1] < len(BUCKETS) / 2 * graphs[0]
+        graphs, buckets = found["graphs"], found["buckets"]
+        assert graphs[buckets - 1] == graphs[-1] and graphs[0] < graphs[-1] < buckets / 2 * graphs[0]
+
+
+def test_what_is_not_compiled_is_counted_or_refused(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    (found,) = ranks["not compiled"]
+    assert found["eager"] == found["units"] > 0
+    assert "graph_break" in found["error"]

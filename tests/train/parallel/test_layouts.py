@@ -19,7 +19,7 @@ TWO = {
     "fsdp, 12 heads": Case(12, 2, {}),
     "fsdp, recomputed, accumulated": Case(5, 1, {"recompute": "full"}),
     "fsdp, recomputed but attention, accumulated whole": Case(
-        3, 1, {"recompute": "selective", "accumulate": "unsharded"}
+        3, 1, {"recompute": "attention", "accumulate": "unsharded"}
     ),
     "fsdp, given": Case(3, 2, {}, "given", 2),
     "fsdp, mute": Case(3, 1, {}, "mute", 2),
@@ -27,7 +27,7 @@ TWO = {
     "fsdp, compiled": Case(3, 2, {"compile": "aot_eager"}),
     "replicas, 3 heads": Case(3, 2, {"dp_replicate": 2}),
     "ulysses 2, 12 heads, accumulated": Case(12, 2, {"ulysses": 2}),
-    "ulysses 2, 3 heads, recomputed but attention": Case(3, 4, {"ulysses": 2, "recompute": "selective"}, steps=2),
+    "ulysses 2, 3 heads, recomputed but attention": Case(3, 4, {"ulysses": 2, "recompute": "attention"}, steps=2),
     "ulysses 2, 5 heads, given": Case(5, 2, {"ulysses": 2}, "given", 2),
     "ulysses 2, blind": Case(3, 2, {"ulysses": 2}, "blind", 2),
     "ulysses 2, compiled": Case(3, 4, {"ulysses": 2, "compile": "aot_eager"}),
@@ -43,7 +43,7 @@ FOUR = {
     "ulysses 4, 3 heads": Case(3, 4, {"ulysses": 4}),
     "ring 4, 3 heads": Case(3, 4, {"ring": 4}),
     "ring 2 x ulysses 2, 5 heads, given": Case(5, 4, {"ring": 2, "ulysses": 2}, "given", 2),
-    "ring 2 x ulysses 2, 12 heads, recomputed but attention": Case(
+    "ring 2 x ulysses 2, 12 heads, recomputed, exchanges kept": Case(
         12, 4, {"ring": 2, "ulysses": 2, "recompute": "selective"}
     ),
     "ulysses 2 in fsdp 2, 5 heads": Case(5, 2, {"ulysses": 2}, steps=2),
@@ -214,7 +214,8 @@ def test_the_table_has_every_value_with_and_without_shared_tokens():
         assert {case.micro for _, case in table} >= {1, 2}
         assert {case.asked for _, case in table} == {"all", "given", "mute", "blind"}
         for key, values in {
-            "recompute": {None, "full", "selective"}, "dp_replicate": {None, 2}, "compile": {None, "aot_eager"},
+            "recompute": {None, "full", "attention", *(["selective"] if shared else [])},
+            "dp_replicate": {None, 2}, "compile": {None, "aot_eager"},
             "accumulate": {None, "unsharded"},
         }.items():  # fmt: skip
             assert {case.parallel.get(key) for _, case in table} == values, key

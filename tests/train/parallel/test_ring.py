@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from model.backends.operator import key_of
 from model.backends.sdpa import Sdpa
 from tests.train.parallel.ring import run_ring
-from train.parallel import sequence
 from train.parallel.attention import definition
+from train.parallel.sequence import ring as rings
 
 RANKS, LENGTHS, HEADS, WIDTH = 8, [65, 64, 64, 64, 64, 63, 64, 64], 4, 64
+BACKEND = key_of(Sdpa())
 NAMES = ("output", "dq", "dk", "dv")
 
 
@@ -37,7 +39,7 @@ def on_a_ring(given):
 
     def one_rank(rank):
         q, k, v = (x[rank].clone().requires_grad_() for x in pieces[:3])
-        out = sequence._Ring.apply(q, k, v, LENGTHS, None, Sdpa())
+        out = rings.ring_attention(q, k, v, LENGTHS, "", BACKEND)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), pieces[3][rank])]
 
     return [torch.cat(parts, dim=1) for parts in zip(*run_ring(RANKS, one_rank), strict=True)]
@@ -61,13 +63,13 @@ def test_eight_ranks_round_as_one_device_does(inputs):
 
 def test_sums_in_bfloat16_would_be_seen(inputs, monkeypatch):
     given, true = inputs
-    monkeypatch.setattr(sequence, "_wide", lambda dtype: dtype)
-    right = sequence.merge_attention
+    monkeypatch.setattr(rings, "_wide", lambda dtype: dtype)
+    right = rings.merge_attention
 
     def rounded(out, *rest):
         merged, lse = right(out, *rest)
         return merged.to(out.dtype), lse
 
-    monkeypatch.setattr(sequence, "merge_attention", rounded)
+    monkeypatch.setattr(rings, "merge_attention", rounded)
     bounds, errors = allowed(relative(on_one_device(given), true), true), relative(on_a_ring(given), true)
     assert all(error > bound for error, bound in zip(errors, bounds, strict=True)), (errors, bounds)

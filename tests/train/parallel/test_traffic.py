@@ -12,7 +12,7 @@ from train.monitor.counters import CollectiveCounter
 from train.parallel.memory import LiveMemory
 from train.parallel.mesh import ParallelConfig, make_layout
 from train.parallel.parallelize import recompute_kinds
-from train.parallel.recompute import GIB, KINDS, choose_kinds, recompute_activations, unit_cost, units
+from train.parallel.recompute import CHOSEN, GIB, choose_kinds, recompute_activations, unit_cost, units
 from train.parallel.traffic import layout_rows, step_bytes
 from train.parallel.workload import Workload
 from train.step import forward_backward
@@ -24,7 +24,10 @@ LAYOUTS = {
     "hsdp, bf16": (1, 1, {"dp_replicate": 2, "compute_dtype": "bfloat16"}),
     "ulysses 4, 5 heads": (2, 5, {"ulysses": 4}),
     "ulysses 4, 3 heads, recomputed": (4, 3, {"ulysses": 4, "recompute": "full"}),
-    "ring 4, recomputed but attention": (2, 2, {"ring": 4, "recompute": "selective"}),
+    "ulysses 4, recomputed but attention": (4, 5, {"ulysses": 4, "recompute": "attention"}),
+    "ulysses 4, exchanges kept": (4, 5, {"ulysses": 4, "recompute": "selective"}),
+    "ring 4, recomputed": (2, 2, {"ring": 4, "recompute": "full"}),
+    "ring 4, recomputed but attention": (2, 2, {"ring": 4, "recompute": "attention"}),
     "ring 2 x ulysses 2, replicated": (1, 3, {"ring": 2, "ulysses": 2}),
     "ulysses 2 in replicas": (1, 2, {"ulysses": 2, "dp_replicate": 2}),
 }
@@ -112,7 +115,7 @@ def kept_by_step(model: JointTransformer, kinds: list[str]) -> int:
     return inside["bytes"]
 
 
-@pytest.mark.parametrize("kind", ["none", "full", "selective"])
+@pytest.mark.parametrize("kind", ["none", "full", "attention"])
 def test_what_a_unit_keeps_is_what_the_real_model_keeps(kind):
     config = cases.tiny_config(3)
     model = cases.reference_model(config, torch.float32)
@@ -132,7 +135,7 @@ def test_a_budget_relaxes_what_saves_most_and_is_kept():
     workload = Workload(4, (3, 4, 6), 7)
     counts = {"video": 2, "audio": 1, "to_video": 1, "to_audio": 1}
     cost = {
-        (shape, kind): unit_cost(config, shape, kind, workload, 1, torch.float32) for shape in counts for kind in KINDS
+        (shape, kind): unit_cost(config, shape, kind, workload, 1, torch.float32) for shape in counts for kind in CHOSEN
     }
     least, most = (sum(n * cost[shape, kind].kept for shape, n in counts.items()) for kind in ("full", "none"))
     flops = []

@@ -24,7 +24,7 @@ def model() -> JointConfig:
 @pytest.fixture(scope="module")
 def counts(model: JointConfig) -> dict[str, Counts]:
     parallel = ParallelConfig(ulysses=2, compute_dtype="bfloat16")
-    return count_step(model, parallel, WORK, ("none", "selective", "full"), gpu=True)
+    return count_step(model, parallel, WORK, ("none", "selective", "attention", "full"), gpu=True)
 
 
 def flops(one: Pass, *kinds: str) -> int:
@@ -59,7 +59,7 @@ def test_backwards_cost_twice_the_products_and_two_and_a_half_attentions(counts:
             assert attended_again == (flops(forward, "attention") if kind == "full" else 0), (kind, shape)
 
 
-def test_a_full_checkpoint_keeps_the_input_and_selective_the_attentions_too(
+def test_a_full_checkpoint_keeps_the_input_others_attention_and_what_is_exchanged_too(
     model: JointConfig, counts: dict[str, Counts]
 ) -> None:
     tokens, clips, dim = WORK.video_tokens(model) // 2, WORK.clips, model.video.dim
@@ -68,10 +68,11 @@ def test_a_full_checkpoint_keeps_the_input_and_selective_the_attentions_too(
     lse = (
         4 * clips * model.video.num_heads * tokens
     )  # of self-attention (half of the heads, all tokens) and of the text
-    assert counts["selective"]["video"].kept == 3 * state + 2 * lse
+    assert counts["attention"]["video"].kept == 3 * state + 2 * lse
+    assert counts["selective"]["video"].kept == (3 + 4) * state + 2 * lse  # q, k, v for these heads, answers for tokens
     assert counts["none"]["video"].kept > 10 * state
     for shape in SHAPES:
-        kept = [counts[kind][shape].kept for kind in ("full", "selective", "none")]
+        kept = [counts[kind][shape].kept for kind in ("full", "attention", "selective", "none")]
         assert kept == sorted(kept)
 
 
@@ -81,7 +82,7 @@ def test_exchanges_are_those_of_the_formula(model: JointConfig, counts: dict[str
     for kind, found in counts.items():
         forward, backward = found["video"].forward, found["video"].backward
         assert forward.sent["ulysses"] == 4 * away * clips * width * 2  # q, k, v and the answers, bfloat16
-        assert backward.sent["ulysses"] == forward.sent["ulysses"] * (1 if kind == "none" else 2)
+        assert backward.sent["ulysses"] == forward.sent["ulysses"] * (2 if kind in ("full", "attention") else 1)
         assert not found["audio"].forward.sent and not found["to_video"].forward.sent
         assert found["to_audio"].forward.sent["sequence"] > 0
 

@@ -17,7 +17,7 @@ from train.plan.kernels import Op, OpCounter
 from train.plan.lines import ROOT, LineFinder, SourceLine, left_over
 
 WORK = Workload(1, (5, 8, 8), 40)
-KINDS = ("none", "selective", "full")
+KINDS = ("none", "selective", "attention", "full")
 
 
 @pytest.fixture(scope="module")

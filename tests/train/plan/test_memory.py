@@ -59,6 +59,7 @@ REAL = {
     "alone": (1, []),
     "alone, summed whole": (1, ["data.micro_batch=2", "parallel.accumulate=unsharded"]),
     "fsdp": (2, []),
+    "ulysses, attention": (2, ["parallel.ulysses=2", "parallel.recompute=attention"]),
     "ulysses, selective": (2, ["parallel.ulysses=2", "parallel.recompute=selective"]),
     "copies, full": (4, ["parallel.dp_replicate=2", "parallel.recompute=full"]),
     "ring": (4, ["parallel.ring=2"]),

@@ -37,10 +37,11 @@ def test_the_step_is_that_of_an_independent_count_and_model() -> None:
 
 
 def test_what_is_computed_again_costs_time_and_saves_memory() -> None:
-    none, selective, full = (planned(64, batch=8, recompute=kind) for kind in ("none", "selective", "full"))
-    assert none.step.seconds < selective.step.seconds < full.step.seconds
-    assert none.peak.total > selective.peak.total > full.peak.total
-    assert none.mfu == none.hfu and selective.mfu < selective.hfu < full.hfu
+    kinds = ("none", "selective", "attention", "full")
+    none, selective, attention, full = (planned(64, batch=8, recompute=kind) for kind in kinds)
+    assert none.step.seconds < selective.step.seconds < attention.step.seconds < full.step.seconds
+    assert none.peak.total > selective.peak.total > attention.peak.total > full.peak.total
+    assert none.mfu == none.hfu and attention.mfu < selective.mfu < selective.hfu < full.hfu
     # Each forward once more, the last products of a unit excepted: 3 -> 4 forwards.
     assert 1.28 < full.hfu / full.mfu < 4 / 3 + 1e-9
     assert reason(none, none) == "the fastest that fits" and "slower" in reason(full, none)

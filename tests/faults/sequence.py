@@ -1,0 +1,20 @@
+"""Faults of shared tokens (tests/plant.py)."""
+
+_TRAFFIC = ["tests/train/parallel/test_traffic.py", "-k", "its_formula_says"]
+# What is wrong: file, its text, what stands there instead; the tests that fail.
+SHARED_TOKENS = {
+    "what Ulysses exchanged is sent again": (
+        "train/parallel/recompute.py", '"selective": [*ATTENTIONS, HEADS_FOR_TOKENS, TOKENS_FOR_HEADS]',
+        '"selective": ATTENTIONS', _TRAFFIC,
+    ),
+    "a ring is computed and sent again": ("train/parallel/recompute.py", "    RING,\n", "", _TRAFFIC),
+    "a merge is computed and sent again": ("train/parallel/recompute.py", "    MERGE,\n", "", _TRAFFIC),
+    "counters do not look into operators": (
+        "train/monitor/counters.py", "        if func in BODIES:\n            return run_body(self, func, args, kwargs)\n",
+        "", _TRAFFIC,
+    ),
+    "a ring sums its parts in bfloat16": (
+        "train/parallel/sequence/ring.py", "return torch.promote_types(dtype, torch.float32)", "return dtype",
+        ["tests/train/parallel/test_ring.py"],
+    ),
+}  # fmt: skip
