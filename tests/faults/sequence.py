@@ -10,8 +10,7 @@ SHARED_TOKENS = {
     "a ring is computed and sent again": ("train/parallel/recompute.py", "    RING,\n", "", _TRAFFIC),
     "a merge is computed and sent again": ("train/parallel/recompute.py", "    MERGE,\n", "", _TRAFFIC),
     "counters do not look into operators": (
-        "train/monitor/counters.py", "        if func in BODIES:\n            return run_body(self, func, args, kwargs)\n",
-        "", _TRAFFIC,
+        "train/monitor/counters.py", "        if func in BODIES:\n", "        if False:\n", _TRAFFIC,
     ),
     "a ring sums its parts in bfloat16": (
         "train/parallel/sequence/ring.py", "return torch.promote_types(dtype, torch.float32)", "return dtype",
