@@ -88,7 +88,7 @@ test-slurm: $(READY)
 
 test-compile: $(READY)
 	@echo "== compiled blocks: every kind of recomputation with every way to share tokens (8 to 15 minutes)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/train/parallel/test_compiled.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/train/parallel/sequence/test_compiled.py
 
 test-gpu: $(READY)
 	@echo "== one GPU (at most 8 minutes; a failure is recorded, and the rest runs)"

@@ -14,6 +14,6 @@ SHARED_TOKENS = {
     ),
     "a ring sums its parts in bfloat16": (
         "train/parallel/sequence/ring.py", "return torch.promote_types(dtype, torch.float32)", "return dtype",
-        ["tests/train/parallel/test_ring.py"],
+        ["tests/train/parallel/sequence/test_ring.py"],
     ),
 }  # fmt: skip

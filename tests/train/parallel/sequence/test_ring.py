@@ -7,7 +7,7 @@ import torch
 
 from model.backends.operator import key_of
 from model.backends.sdpa import Sdpa
-from tests.train.parallel.ring import run_ring
+from tests.train.parallel.sequence.ring import run_ring
 from train.parallel.attention import definition
 from train.parallel.sequence import ring as rings
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_cases
-from tests.train.parallel.compiled import BUCKETS, a_step_of_each, many_buckets, not_compiled
+from tests.train.parallel.sequence.compiled import BUCKETS, a_step_of_each, many_buckets, not_compiled
 from train.parallel.recompute import KINDS
 
 ALL, WITH_SHARED_TOKENS = ("video", "audio", "to_video", "to_audio"), ("video", "to_audio")
@@ -40,7 +40,7 @@ def ranks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
             cases["buckets, alone"] = many_buckets, ({}, "full", ALL)
         if world == 2:
             cases["inductor"] = a_step_of_each, ({"ulysses": 2}, "attention", ("video",), "inductor", "float32")
-            cases["buckets, ulysses"] = many_buckets, ({"ulysses": 2}, "attention", ALL)
+            cases["buckets, ulysses"] = many_buckets, ({"ulysses": 2}, "none", ALL)
         found |= run_cases(world, cases)
     return found
 
@@ -66,7 +66,7 @@ def test_each_unit_runs_one_graph_forward_and_one_backward(ranks: dict[str, list
         assert found["ran"] == [{"forward": active, "backward": active}] * len(BUCKETS)
         assert found["eager"] == [0] * len(BUCKETS)
         first, second, third = (made / len(shapes) for made in found["made"])
-        assert first == 1 and second == 2 and third <= 3
+        assert first == 1 < second <= third <= 3
 
 
 @pytest.mark.parametrize("name", CASES)
