@@ -11,7 +11,7 @@ from typing import Any
 from core.durable import write_atomically
 from core.run_dir import RunDir
 from train.checkpoint import checkpoint
-from train.checkpoint.checkpoint import TrainState
+from train.checkpoint.checkpoint import Newest, TrainState
 from train.checkpoint.saver import Saver
 from train.checkpoint.uncommitted import begin_anew, commit_newer, set_aside
 from train.config import TrainConfig, default_values
@@ -80,9 +80,9 @@ class ReadyRun:
         if layout.device.type == "cuda":
             check_attention(config.model, layout, workload)
         self._obey_stop()
-        found = _find(run_dir)
+        looking = _look(run_dir)
         self._obey_stop()
-        seed = config.seed if found is None and not config.init.given() else None  # what is read is not drawn
+        seed = config.seed if looking.path is None and not config.init.given() else None  # what is read is not drawn
         self.engine = build_engine(
             config.model, config.parallel, config.optim, layout, seed, workload, config.ema.decay
         )
@@ -92,6 +92,7 @@ class ReadyRun:
         self._obey_stop()
         encoders = encoders_of_data(data, config.data.ignore_encoders)
         self.state = TrainState(self.engine, start_state(data, config.data, config.seed), encoders=encoders)
+        found = looking.get()
         _restore(self.state, found, config, resolved, run_dir)
         table: dict[str, str] = {}
         if layout.first:  # who alone writes and prints it
@@ -129,7 +130,7 @@ class ReadyRun:
             raise StoppedInStartUp
 
     def _tell(self, table: dict[str, str], data: str, found: Path | None) -> None:
-        """Log what runs, and from where it continues. `found`: see `_find`."""
+        """Log what runs, and from where it continues. `found`: the checkpoint."""
         say, step = self.monitor.say, self.state.step
         say(f"run {self.run_dir.root}: {self.layout.describe()}; {self.engine.size:,} parameters; data {data}")
         width = max(map(len, table), default=0) + 2
@@ -142,14 +143,19 @@ class ReadyRun:
             self.monitor.event("resumed", step, text, checkpoint=found.name)
 
 
-def _find(run_dir: RunDir) -> Path | None:
-    """The checkpoint that the run resumes from; None if it has none yet. All ranks call."""
-    found = checkpoint.newest(run_dir.checkpoints)
-    if found is None:
-        return on_first_rank(lambda: begin_anew(run_dir, run_dir.known_commit()))
-    if on_first_rank(lambda: commit_newer(run_dir.checkpoints, found)):
-        return checkpoint.newest(run_dir.checkpoints)
-    return found
+def _look(run_dir: RunDir) -> Newest:
+    """The checkpoint that the run resumes from, if it has one, as far as it is known before its checksums are. All
+    ranks call."""
+    folder = run_dir.checkpoints
+    looking = Newest(folder)
+    committed_now = on_first_rank(
+        lambda: (
+            begin_anew(run_dir, run_dir.known_commit()) is not None
+            if looking.path is None
+            else commit_newer(folder, looking.path)
+        )
+    )
+    return Newest(folder) if committed_now else looking
 
 
 def _restore(

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import stat
+import threading
 import zlib
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,6 +95,58 @@ class TrainState:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
+class Newest:
+    """The newest committed checkpoint (of at most `up_to` steps), whose checksums are compared in the background, so
+    that a start builds its model meanwhile. All ranks make the same calls, and share the reading.
+
+    path: what is being compared; None where none was ever committed. Nothing of it is to be used before `get`.
+    """
+
+    def __init__(self, folder: Path, up_to: int | None = None) -> None:
+        """RunError as `newest`, for what the marker and the sizes of files tell."""
+        self._folder, self._up_to = folder, up_to
+        self.path: Path | None = None
+        self._faults: list[str] = []
+        self._unread: list[str] = []
+        self._error: BaseException | None = None
+        self._look()
+
+    def _look(self) -> None:
+        path = self.path = on_first_rank(lambda: _newest_whole(self._folder, self._up_to))
+        if path is None:
+            return
+        files = on_first_rank(partial(_names, path))
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        self._faults, self._unread = [], []
+        self._thread = threading.Thread(target=self._compare, args=(path, mine), name="checksums", daemon=True)
+        self._thread.start()
+
+    def _compare(self, path: Path, names: list[str]) -> None:
+        for name in names:
+            try:
+                self._faults += [fault] if (fault := _rotten(path, name)) else []
+            except OSError as error:
+                self._unread.append(f"{path / name} cannot be read ({error.strerror or error})")
+            except BaseException as error:
+                self._error = error
+                return
+
+    def get(self) -> Path | None:
+        """Wait for the checksums: the checkpoint, intact, or an older one that is."""
+        while (path := self.path) is not None:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
+            faults, unread = gather(self._faults), gather(self._unread)
+            if unread:  # on all ranks: the disk may give it at the next attempt
+                raise RunError(f"{unread[0]}; to go on from the checkpoint before it, rename {path}", retry=True)
+            if not faults:
+                return path
+            on_first_rank(partial(_set_aside, path, faults[0]))
+            self._look()
+        return None
+
+
 def newest(folder: Path, up_to: int | None = None) -> Path | None:
     """The newest committed, intact checkpoint (of at most `up_to` steps), or None where none was ever committed.
 
@@ -101,23 +154,7 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
     warning. Raises RunError if all committed ones are damaged: starting anew would discard the run; and if one cannot
     be read (no permission, an I/O error), which does not mean that it is damaged.
     """
-    while True:
-        path = on_first_rank(lambda: _newest_whole(folder, up_to))
-        if path is None:
-            return None
-        files = on_first_rank(partial(_names, path))
-        faults, unread = [], []
-        for name in files[dist.get_rank() :: dist.get_world_size()]:
-            try:
-                faults += [fault] if (fault := _rotten(path, name)) else []
-            except OSError as error:
-                unread.append(f"{path / name} cannot be read ({error.strerror or error})")
-        faults, unread = gather(faults), gather(unread)
-        if unread:  # on all ranks: the disk may give it at the next attempt
-            raise RunError(f"{unread[0]}; to go on from the checkpoint before it, rename {path}", retry=True)
-        if not faults:
-            return path
-        on_first_rank(partial(_set_aside, path, faults[0]))
+    return Newest(folder, up_to).get()
 
 
 def committed(folder: Path) -> list[Path]:

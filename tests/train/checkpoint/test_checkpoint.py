@@ -1,11 +1,15 @@
 """Checkpoints on two ranks: written in the background, in two tiers, verified when they are read."""
 
+import json
 import re
+import threading
+import zlib
 
 import pytest
 
 from tests.distributed import run_cases
 from tests.train.checkpoint import save_cases as cases
+from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointConfig
 
 
@@ -119,3 +123,36 @@ def test_parameters_are_compared_by_name_shape_and_group(ranks):
 def test_an_upload_that_names_no_folder_is_refused():
     with pytest.raises(ValueError, match=r"write \{path\} where the checkpoint's folder goes"):
         CheckpointConfig(upload=["cp", "x"])
+
+
+def test_a_start_goes_on_while_checksums_are_compared_and_none_is_left_out(tmp_path, monkeypatch):
+    """The newest is damaged, which only its checksum tells: the start has gone on with it by then."""
+    for name, stand_in in (("on_first_rank", lambda action: action()), ("gather", lambda mine: mine)):
+        monkeypatch.setattr(checkpoint, name, stand_in)
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    for step in (1, 2):
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "tensors").write_bytes(b"x" * 100)
+        files = {"tensors": {"bytes": 100, "crc32": zlib.crc32(b"x" * 100)}}
+        (path / checkpoint.STATE).write_text(json.dumps({"step": step, "kept": False, "files": files}))
+        checkpoint.write_marker(path)
+    (path / "tensors").write_bytes(b"x" * 99 + b"y")
+    go_on, compare = threading.Event(), checkpoint._rotten
+    monkeypatch.setattr(checkpoint, "_rotten", lambda *given: compare(*given) if go_on.wait(60) else None)
+    looking = checkpoint.Newest(tmp_path)
+    assert looking.path == path and path.exists(), "nothing has waited"
+    go_on.set()
+    assert looking.get() == tmp_path / "step-00000001" == looking.path
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged-00000002", "step-00000001"]
+
+
+def test_an_error_of_the_comparison_is_not_taken_for_an_intact_checkpoint(tmp_path, monkeypatch):
+    looking = checkpoint.Newest.__new__(checkpoint.Newest)
+    monkeypatch.setattr(checkpoint, "_rotten", lambda *_: 1 / 0)
+    looking._error, looking._faults, looking._unread, looking.path = None, [], [], tmp_path
+    looking._thread = threading.Thread(target=looking._compare, args=(tmp_path, ["tensors"]))
+    looking._thread.start()
+    with pytest.raises(ZeroDivisionError):
+        looking.get()
