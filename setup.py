@@ -50,6 +50,7 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7"],
+        "float8": ["torchao>=0.18"],
         # transformers 5.0 and 5.1 load Wan's text encoder with zeros for its embedding
         "encoders": [
             "diffusers>=0.35",

@@ -25,7 +25,7 @@ from launch.slurm.watch import WatchJobConfig
 from train.checkpoint.resume import check_run
 from train.config import TrainConfig, compose_train, default_values
 from train.dataloader import close_data, open_data, open_dataset
-from train.parallel.mesh import DTYPES, check_compute, check_degrees
+from train.parallel.mesh import DTYPES, check_compute, check_degrees, check_linear
 
 OWN = ("cluster", "launch", "job", "phases", "watch")
 JOBS = ("train", "prepare")
@@ -171,6 +171,7 @@ def _compose(own: LaunchConfig, overrides: list[str], follows: Launch | None = N
     _, _, ring, ulysses = check_degrees(config.parallel, own.cluster.world)
     if config.parallel.compute_dtype != "auto":
         check_compute(DTYPES[config.parallel.compute_dtype], ring * ulysses, own.cluster.on_gpus)
+    check_linear(config.parallel, own.cluster.on_gpus)
     _check_data(config)
     begun = launch.run_dir.committed_step() > 0  # such a run goes on from its own weights
     if config.init.given() and follows is None and not begun:

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate, linear, silu
 from core.ranges import bounded
 from model.attention import Attention, DenseCore
 from model.backends.interface import Backend
-from model.fused import add_gated, modulate
+from model.fused import LayerNorm, add_gated, modulate
 from model.rope import Rotary
 
 NORM_EPS = 1e-6
@@ -106,6 +106,7 @@ class ProbeAttention(nn.Module):
 
     def forward(self, probe: Tensor, tokens: Tensor, frames: int) -> Tensor:
         """probe [1, 1, d], tokens [B, L, d] -> [B, frames, d]."""
+        tokens = tokens.to(probe.dtype)
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             linear(x, w, b).unflatten(-1, (self.num_heads, -1))
@@ -138,9 +139,9 @@ class PooledScaleShift(nn.Module):
         self.linear = nn.Linear(kv_dim, 2 * dim)
 
     def forward(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """x [B, L, d], pooled [B, L, kv_dim] -> LN(x)·(1 + scale) + shift."""
-        scale, shift = self.linear(silu(pooled)).chunk(2, dim=-1)
-        return modulate(x, shift, scale, ADALN_EPS)
+        """x [B, L, d], pooled [B, L, kv_dim] -> LN(x)·(1 + scale) + shift, in the dtype of `pooled`."""
+        scale, shift = self.linear(silu(pooled)).to(x.dtype).chunk(2, dim=-1)
+        return modulate(x, shift, scale, ADALN_EPS, pooled.dtype)
 
 
 def resample(steps: Tensor, count: int) -> Tensor:
@@ -165,16 +166,18 @@ class Conditioner(nn.Module):
 
     def __init__(self, dim: int, kv_dim: int, num_heads: int, pooled_adaln: bool) -> None:
         super().__init__()
-        self.y_norm = nn.LayerNorm(kv_dim, eps=NORM_EPS)
+        self.y_norm = LayerNorm(kv_dim, eps=NORM_EPS)
         self.inner = Attention(dim, num_heads, NORM_EPS, kv_dim=kv_dim)
         self.per_frame_pooling = FramePooling(kv_dim, num_heads) if pooled_adaln else None
         self.adaln = PooledScaleShift(kv_dim, dim) if pooled_adaln else None
 
     def forward(self, x: Tensor, y: Tensor, rotary_x: Rotary | None, rotary_y: Rotary | None, frames: int) -> Tensor:
-        """x [B, L, dim], y [B, Ly, kv_dim]; `frames` of y for pooled AdaLN. Returns [B, L, dim]."""
+        """x [B, L, dim], y [B, Ly, kv_dim]; `frames` of y for pooled AdaLN. Returns [B, L, dim] in the dtype of the
+        weights, which that of x and y may exceed."""
         if self.per_frame_pooling is not None and self.adaln is not None:
             x = self.adaln(x, resample(self.per_frame_pooling(y, frames), x.shape[1]))
-        out: Tensor = self.inner(x, self.y_norm(y), rotary_x, rotary_y)
+        y = self.y_norm(y)
+        out: Tensor = self.inner(x.to(y.dtype), y, rotary_x, rotary_y)
         return out
 
 

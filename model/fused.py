@@ -128,11 +128,23 @@ class _RmsNorm(torch.autograd.Function):
         return product.view(x.shape).to(x.dtype), of_weight.to(weight.dtype), None
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then ·(1 + scale) + shift. x [B, L, d]; shift and scale broadcast to it."""
+class LayerNorm(nn.LayerNorm):
+    """torch's, computed in the dtype of its input where that is wider than its weights; the result has the weights'
+    dtype, which is that of the linear behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> LN(x) · weight + bias [..., d]."""
+        assert self.weight is not None and self.bias is not None
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm without weights, then ·(1 + scale) + shift, rounded to `dtype` at the end. x [B, L, d]; shift and scale
+    broadcast to it and have its dtype."""
     if torch.compiler.is_compiling():
-        return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-    out: Tensor = _Modulate.apply(x, shift, 1 + scale, eps)  # type: ignore[no-untyped-call]
+        return (layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift).to(dtype)
+    out: Tensor = _Modulate.apply(x, shift, 1 + scale, eps, dtype)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -141,28 +153,34 @@ class _Modulate(torch.autograd.Function):
     own kernel, which has no tensor between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shift: Tensor, factor: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         width = x.shape[-1:]
         ctx.eps, ctx.of_one = eps, factor.numel() == shift.numel() == width.numel()
         weight, bias = (factor.flatten(), shift.flatten()) if ctx.of_one else (None, None)
         out, mean, rstd = torch.native_layer_norm(x, width, weight, bias, eps)
         ctx.save_for_backward(x, shift, factor, mean, rstd)
-        return out if ctx.of_one else torch.addcmul(shift, out, factor)
+        if ctx.of_one:
+            return out.to(dtype)
+        if dtype == x.dtype:
+            return torch.addcmul(shift, out, factor)
+        return torch.addcmul(shift, out, factor, out=torch.empty_like(out, dtype=dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, shift, factor, mean, rstd = ctx.saved_tensors
+        gradient = gradient.to(x.dtype)
         width, backward = x.shape[-1:], torch.ops.aten.native_layer_norm_backward
         if ctx.of_one and sums_in_kernel(x):
             weights, all_three = (factor.flatten(), shift.flatten()), [True, True, True]
             of_x, of_factor, of_shift = backward(gradient, x, width, mean, rstd, *weights, all_three)
-            return of_x, of_shift.view(shift.shape), of_factor.view(factor.shape), None
+            return of_x, of_shift.view(shift.shape), of_factor.view(factor.shape), None, None
         normed = torch.native_layer_norm(x, width, None, None, ctx.eps)[0]
         of_factor = normed.mul_(gradient).sum_to_size(factor.shape)
         of_shift = gradient.sum_to_size(shift.shape)
         scaled = torch.mul(gradient, factor)
-        return backward(scaled, x, width, mean, rstd, None, None, [True, False, False])[0], of_shift, of_factor, None
+        of_x = backward(scaled, x, width, mean, rstd, None, None, [True, False, False])[0]
+        return of_x, of_shift, of_factor, None, None
 
 
 def sums_in_kernel(x: Tensor) -> bool:
@@ -174,7 +192,8 @@ def sums_in_kernel(x: Tensor) -> bool:
 
 
 def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """x + gate·y, rounded once. x and y [B, L, d]; gate broadcasts to them."""
+    """x + gate·y, rounded once, to the dtype of x. x and y [B, L, d]; gate broadcasts to them. x may be wider than
+    y."""
     if torch.compiler.is_compiling():
         return x + gate * y
     out: Tensor = _AddGated.apply(x, gate, y)  # type: ignore[no-untyped-call]
@@ -187,6 +206,7 @@ class _AddGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
+        ctx.of_y = y.dtype
         return torch.addcmul(x, gate, y)
 
     @staticmethod
@@ -194,4 +214,4 @@ class _AddGated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         gate, y = ctx.saved_tensors
         of_gate = (gradient * y).sum_to_size(gate.shape) if ctx.needs_input_grad[1] else None
-        return gradient, of_gate, gradient * gate
+        return gradient, of_gate, (gradient * gate).to(ctx.of_y)

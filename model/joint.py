@@ -90,6 +90,8 @@ class JointTransformer(nn.Module):
         self.dual_tower_bridge = Bridge(config.bridge, config.video.dim, config.audio.dim, config.audio.num_layers)
         # The one place where video tokens are sharded: maps the number of tokens to the slice of this rank.
         self.token_range: Callable[[int], slice] = _all_tokens
+        # Least precision of the hidden states from block to block (None: that of the weights), as in `keep_residual`.
+        self.residual: torch.dtype | None = None
 
     def expert(self, name: str) -> Tower:
         """The video tower called "high" (noise) or "low". ValueError for one that this model does not have."""
@@ -105,6 +107,14 @@ class JointTransformer(nn.Module):
                 module.core = DenseCore(backend)
             elif isinstance(module, ProbeAttention):
                 module.core = DenseFrameCore(backend)
+
+    def keep_residual(self, dtype: torch.dtype) -> None:
+        """Keep the hidden states between blocks, what is added to them, modulation and gates in at least `dtype`, as
+        Wan does in float32, whatever the linears and attention compute in."""
+        self.residual = dtype
+
+    def _stream(self, x: Tensor) -> Tensor:
+        return x if self.residual is None else x.to(torch.promote_types(x.dtype, self.residual))
 
     def forward(
         self,
@@ -138,14 +148,14 @@ class JointTransformer(nn.Module):
             if not as_patches and mine != _all_tokens(math.prod(grid)):
                 raise RuntimeError(f"this rank has the tokens {mine.start} to {mine.stop} only; ask for as_patches")
             stacked = torch.cat((video, condition.to(video.dtype)), dim=1)  # [B, 36, T, H, W]
-            x = tower.embed(patchify(stacked, tower.config.patch_size)[:, mine])  # [B, Lv, dv]
+            x = self._stream(tower.embed(patchify(stacked, tower.config.patch_size)[:, mine]))  # [B, Lv, dv]
             vector, time = tower.embed_time(t_video)  # [B, dv], [B, 6, dv]
             context = tower.embed_text(text)
             rotary = tower.rotary(grid, video.device).rows(mine)
         if audio is not None:
             assert t_audio is not None
             grid_a = sound.token_grid(audio)
-            a = sound.embed(patchify(audio, sound.config.patch_size))  # [B, La, da]
+            a = self._stream(sound.embed(patchify(audio, sound.config.patch_size)))  # [B, La, da]
             vector_a, time_a = sound.embed_time(t_audio)
             context_a = sound.embed_text(text if text_audio is None else text_audio)
             rotary_a = sound.rotary(grid_a, audio.device)

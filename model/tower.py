@@ -120,7 +120,7 @@ class Head(nn.Module):
         # The reference adds the time vector as [B, d], which mixes the samples of a batch; it needs its own axis.
         modulation = (self.modulation + time[:, None]).to(x.dtype).unsqueeze(2)  # [B, 2, 1, d]
         shift, scale = modulation.unbind(1)
-        out: Tensor = self.head(modulate(x, shift, scale, self.eps))
+        out: Tensor = self.head(modulate(x, shift, scale, self.eps, self.head.weight.dtype))
         return out
 
 

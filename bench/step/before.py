@@ -10,6 +10,7 @@ STUDY = (
 )
 RATES = {  # low, middle, high, or the middle alone; launch_us: its range
     "gemm_tflops": (620, 680, 740),
+    "float8_gemm_tflops": (900,),
     "attention_tflops": (580, 620, 660),
     "attention_backward_tflops": (500, 550, 590),
     "memory_gb_s": (2850,),

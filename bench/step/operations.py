@@ -161,7 +161,7 @@ def category(one: Operation) -> str:
     file = line.place.partition(":")[0]
     if kind.startswith("attention"):
         return ATTENTION
-    if kind == "gemm":
+    if kind in ("gemm", "float8"):
         return PRODUCTS
     if fixed := {FSDP: "FSDP2 copies", OPTIMIZER: "optimizer"}.get(line.place):
         return fixed
@@ -213,5 +213,5 @@ def gap(step: Step) -> dict[str, float]:
 def _as_high(question: Question) -> GpuConfig:
     """The sheet whose high rates are those of the question."""
     rates = dataclasses.asdict(question.gpu.at(question.rate))
-    fixed: dict[str, Any] = {name: [value] * 3 for name, value in rates.items()}
+    fixed: dict[str, Any] = {name: None if value is None else [value] * 3 for name, value in rates.items()}
     return dataclasses.replace(question.gpu, **fixed)

@@ -20,6 +20,7 @@ import torch
 
 from bench.step.before import AIMS, BEFORE, BEFORE_BYTES, EARLIER, EARLIER_MEMORY, EARLIER_STEPS, RATES, STUDY
 from bench.step.operations import CATEGORIES, Operation, Step, category, counted_step, gap
+from bench.step.precision import NOTE, precisions
 from core.compose import Schema
 from core.program import Call, Program
 from tools.bench.record import commit
@@ -320,6 +321,7 @@ def page(bench: RooflineBench, command: str) -> str:
     steps = {kind: table.step(table.question(first, kind), first) for kind in ("none", "selective", "full")}
     shown = [(name, table.step(table.fitted(name), name)) for name in names if CASES[name].world == 64]
     preset = (first, steps["selective"])  # whose memory holds more than one clip's
+    asked = table.question(first, "none")
     differing = differences(find_sheet("h100"))
     agree = "has the same" if not differing else "differs: " + "; ".join(differing)
     parts = [
@@ -333,6 +335,7 @@ def page(bench: RooflineBench, command: str) -> str:
         f"- before: {STUDY}; and this program at {EARLIER}", "",
         "## Where it stands", "", WHERE, "", *standing(table), "", *aims(dict(shown)), "",
         "## Between the bound and the prediction", "", GAP, "", *gaps([preset, *shown]), "",
+        f"## Other precisions, {first}", "", NOTE, "", *precisions(asked, table.counted(first)), "",
         f"## Operations, {first}, nothing computed again", "", OPERATIONS, "", *categories(steps["none"]), "",
         f"## The {TOP} lines that move the most bytes", "", LINES, "", *lines(steps["none"]), "",
         "## By kind of kernel", "", *by_kind(steps), "",

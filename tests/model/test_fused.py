@@ -78,7 +78,7 @@ CASES = {
     "gate, one number a clip": (add_gated, gated, gated, [(2, 5, 16), (2, 1, 1), (2, 5, 16)]),
 } | {
     f"modulation, {name}": (
-        lambda x, shift, scale: modulate(x, shift, scale, EPS),
+        lambda x, shift, scale: modulate(x, shift, scale, EPS, x.dtype),
         lambda x, shift, scale: layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift,
         modulated,
         [(clips, 5, 16), (clips, steps, 16), (clips, steps, 16)],

@@ -52,8 +52,14 @@ def render_text(plan: Plan, why: str, plans: Sequence[Plan], change: Plan | None
 def layout_words(plan: Plan) -> str:
     """The layout in one line, as the keys that choose it."""
     layout = plan.layout
-    keys = ["dp_replicate", "ring", "ulysses", "recompute", "recompute_gib", "accumulate", "optimizer_state"]
-    usual = {"dp_replicate": 1, "ring": 1, "accumulate": "sharded", "optimizer_state": "device"}
+    keys = [
+        "dp_replicate", "ring", "ulysses", "recompute", "recompute_gib", "accumulate", "optimizer_state", "residual",
+        "linear",
+    ]  # fmt: skip
+    usual = {
+        "dp_replicate": 1, "ring": 1, "accumulate": "sharded", "optimizer_state": "device", "residual": "compute",
+        "linear": "compute",
+    }  # fmt: skip
     shown = [f"parallel.{key}={layout[key]}" for key in keys if layout[key] not in (None, usual.get(key))]
     if layout["micro_batch"] > 1:
         shown.append(f"data.micro_batch={layout['micro_batch']}")

@@ -16,6 +16,7 @@ from core.ranges import bounded
 from model.backends.choice import BACKENDS, Choice, choose
 from model.backends.interface import Needs
 from model.backends.sdpa import Sdpa
+from train.parallel.float8 import LINEARS, obstacle
 from train.parallel.recompute import KINDS
 from train.parallel.sequence.cores import SequenceGroup
 
@@ -38,6 +39,11 @@ class ParallelConfig:
     ulysses: ranks that share the tokens of each sample by Ulysses; ring x ulysses is a sequence-parallel group
     compute_dtype: dtype of weights and activations within a step ("auto": bfloat16 on GPUs that have it, else float32);
         master weights, optimizer state and the reduction of gradients stay float32 (float64 if it is float64)
+    residual: dtype of the hidden states from block to block, of what is added to them, modulation and gates:
+        "compute", that of compute_dtype, or at least "float32", as in the original Wan
+    linear: dtype in which the large linears of the video side multiply: "compute", "float8" (torchao, on GPUs that have
+        it, compiled; FSDP2 only), or "float8_emulated", the same roundings on any device, slower, to try what float8
+        does to a model (train/parallel/float8.py)
     attention: backend of attention (model/backends/choice.py); "auto": the fastest that works here
     deterministic: the same step gives the same bits on a GPU too, at a cost (train/engine/deterministic.py)
     recompute: activation checkpointing: "none", "full", "attention", "selective" or "budget" (see
@@ -58,6 +64,8 @@ class ParallelConfig:
     ring: int = bounded(1, "[1, inf)")
     ulysses: int = bounded(1, "[1, inf)")
     compute_dtype: str = "auto"
+    residual: str = "compute"
+    linear: str = "compute"
     attention: str = "auto"
     deterministic: bool = False
     recompute: str = "none"
@@ -70,6 +78,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         choices = {
             "engine": ENGINES, "compute_dtype": ("auto", *DTYPES), "attention": BACKENDS,
+            "residual": ("compute", "float32"), "linear": LINEARS,
             "recompute": (*KINDS, "budget"), "accumulate": ("sharded", "unsharded"),
             "optimizer_state": ("device", "host"),
         }  # fmt: skip
@@ -81,7 +90,16 @@ class ParallelConfig:
                 f"parallel.recompute={self.recompute} and parallel.recompute_gib={self.recompute_gib}: a budget in GiB "
                 "and recompute=budget go together"
             )
+        if self.linear == "float8" and self.compile == "none":
+            raise ValueError(
+                "parallel.linear=float8 needs parallel.compile=inductor: not compiled, its casts take longer than its "
+                "products save"
+            )
+        if self.linear == "float8" and self.compute_dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"parallel.linear=float8 needs parallel.compute_dtype=bfloat16, not {self.compute_dtype}")
         if self.engine != "fsdp2":
+            if self.linear != "compute":
+                raise ValueError(f"parallel.linear={self.linear} needs fsdp2, not {self.engine}")
             if self.optimizer_state == "host":
                 raise ValueError(f"parallel.optimizer_state=host needs fsdp2, not {self.engine}")
             if self.dp_replicate != 1:
@@ -239,6 +257,7 @@ def make_layout(config: ParallelConfig, device: torch.device, timeout: timedelta
     sequence, data = ring * ulysses, replicate * shard
     compute, reason = _choose_compute(config, device)
     check_compute(compute, sequence, device.type == "cuda")
+    _check_linear(config, device, compute)
     attention = _choose_attention(config, device, compute, sequence)
     ranks = torch.arange(dist.get_world_size())  # three views of them, in the same order
     fsdp, groups, rows = ranks.view(replicate, -1), ranks.view(data, sequence), ranks.view(data, ring, ulysses)
@@ -296,6 +315,31 @@ def check_compute(compute: torch.dtype, sequence: int, on_gpus: bool) -> None:
             f"{sequence} on GPUs: their attention kernels over parts of a sample need bfloat16; set "
             "parallel.compute_dtype=bfloat16, or ring=1 ulysses=1"
         )
+
+
+def check_linear(config: ParallelConfig, on_gpus: bool) -> None:
+    """RunError for float8 without GPUs."""
+    if config.linear == "float8" and not on_gpus:
+        raise RunError(
+            "parallel.linear=float8 needs GPUs of compute capability 8.9 or more; set parallel.linear=compute, or "
+            "float8_emulated to try its roundings here"
+        )
+
+
+def _check_linear(config: ParallelConfig, device: torch.device, compute: torch.dtype) -> None:
+    """RunError on all ranks where one of them cannot multiply in float8."""
+    if config.linear != "float8":
+        return
+    check_linear(config, device.type == "cuda")
+    found = obstacle(device, compute)
+    able = torch.tensor([int(not found), -int(not found)])
+    dist.all_reduce(able, dist.ReduceOp.MIN)
+    none, some = not able[1].item(), not able[0].item()
+    if found:
+        refusal = f"parallel.linear=float8 {found}; or set parallel.linear=compute"
+        raise RunError(refusal) if none or dist.get_rank() == 0 else RankError(refusal)
+    if some:
+        raise RunError("parallel.linear=float8 cannot run on every rank; set parallel.linear=compute")
 
 
 def _choose_compute(config: ParallelConfig, device: torch.device) -> tuple[torch.dtype, str]:

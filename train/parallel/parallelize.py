@@ -1,4 +1,5 @@
-"""Applies parallelism to the model from outside, in this order: sequence -> recomputation -> compile -> FSDP2.
+"""Applies parallelism to the model from outside, in this order: precision -> sequence -> recomputation -> compile ->
+FSDP2.
 
 DeepSpeed ZeRO (train/engine/zero.py) takes FSDP2's place in that order.
 """
@@ -20,7 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model.init import initial_part
 from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
-from train.parallel.mesh import Layout, ParallelConfig
+from train.parallel.float8 import convert_linears
+from train.parallel.mesh import DTYPES, Layout, ParallelConfig
 from train.parallel.parts import ALL, forward_order, freeze, in_backward
 from train.parallel.recompute import choose_kinds, recompute_activations, shape_of, units
 from train.parallel.sequence.cores import shard_sequence
@@ -76,6 +78,9 @@ def prepare_model(
     model: JointTransformer, parallel: ParallelConfig, layout: Layout, workload: Workload | None = None
 ) -> None:
     """What comes before an engine shards the parameters, in place."""
+    if parallel.residual != "compute":
+        model.keep_residual(DTYPES[parallel.residual])
+    convert_linears(model, parallel.linear)
     model.use_attention(layout.attention.backend)
     if layout.sequence.size > 1:
         shard_sequence(model, layout.sequence, layout.attention.backend)
@@ -126,7 +131,13 @@ def recompute_kinds(
 ) -> list[str]:
     """How each of the model's units is checkpointed under this layout."""
     ranks = layout.sequence.size
-    return choose_kinds(model, parallel.recompute, parallel.recompute_gib, workload, ranks, layout.compute)
+    stream = residual_dtype(parallel, layout.compute)
+    return choose_kinds(model, parallel.recompute, parallel.recompute_gib, workload, ranks, layout.compute, stream)
+
+
+def residual_dtype(parallel: ParallelConfig, compute: torch.dtype) -> torch.dtype:
+    """Of the hidden states between blocks."""
+    return compute if parallel.residual == "compute" else torch.promote_types(compute, DTYPES[parallel.residual])
 
 
 def recomputed_units(

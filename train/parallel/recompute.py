@@ -131,11 +131,13 @@ def choose_kinds(
     workload: Workload | None,
     sequence: int,
     compute: torch.dtype,
+    stream: torch.dtype | None = None,
 ) -> list[str]:
     """A kind for each of `units(model)`.
 
     "budget" begins with full checkpointing everywhere and relaxes, where a byte saves the most FLOPs first, as many
-    units as fit into `gib`. `workload`: the largest micro-batch, whose video tokens `sequence` ranks share. Only the
+    units as fit into `gib`. `workload`: the largest micro-batch, whose video tokens `sequence` ranks share; `stream`:
+    dtype of the hidden states between units (None: `compute`). Only the
     active expert counts, and both experts are treated alike. RunError when full checkpointing does not fit either.
     """
     modules = units(model)
@@ -147,7 +149,9 @@ def choose_kinds(
     experts = {shape: len(model.config.experts) if shape == "video" else 1 for shape in set(shapes)}
     counts = {shape: shapes.count(shape) // experts[shape] for shape in experts}  # that run in a step
     costs = {
-        (shape, k): unit_cost(model.config, shape, k, workload, sequence, compute) for shape in counts for k in CHOSEN
+        (shape, k): unit_cost(model.config, shape, k, workload, sequence, compute, stream)
+        for shape in counts
+        for k in CHOSEN
     }
     left = gib * GIB - sum(count * costs[shape, "full"].kept for shape, count in counts.items())
     if left < 0:
@@ -187,7 +191,13 @@ class UnitCost:
 
 
 def unit_cost(
-    config: JointConfig, shape: str, kind: str, workload: Workload, sequence: int, compute: torch.dtype
+    config: JointConfig,
+    shape: str,
+    kind: str,
+    workload: Workload,
+    sequence: int,
+    compute: torch.dtype,
+    stream: torch.dtype | None = None,
 ) -> UnitCost:
     """What a unit ("video", "audio", "to_video", "to_audio") costs when checkpointed in one of the ways of CHOSEN.
 
@@ -198,8 +208,8 @@ def unit_cost(
     tokens = -(-all_tokens // sequence)
     inputs: tuple[Any, ...]
     with FakeTensorMode(), torch.device("cpu"):
-        video = torch.zeros(clips, tokens, config.video.dim, dtype=compute, requires_grad=True)
-        audio = torch.zeros(clips, steps, config.audio.dim, dtype=compute, requires_grad=True)
+        video = torch.zeros(clips, tokens, config.video.dim, dtype=stream or compute, requires_grad=True)
+        audio = torch.zeros(clips, steps, config.audio.dim, dtype=stream or compute, requires_grad=True)
         if shape in ("video", "audio"):
             tower, x = (config.video, video) if shape == "video" else (config.audio, audio)
             unit: nn.Module = Block(tower.dim, tower.num_heads, tower.ffn_dim, tower.eps)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from model.joint import JointConfig, JointTransformer
+from train.parallel.float8 import large_linears
 from train.parallel.flops import step_flops
 from train.parallel.host_memory import host_bytes_of, host_memory
 from train.parallel.mesh import Layout, ParallelConfig, counted, sockets
@@ -161,6 +162,7 @@ def layout_rows(
     units = Counter(kinds)
     compute = str(layout.compute).removeprefix("torch.")
     compute += f" ({layout.compute_reason})" if layout.compute_reason else ""
+    compute += "" if parallel.residual == "compute" else f", hidden states in at least {parallel.residual}"
     rows = [
         ("ranks", f"{layout.world} on {layout.device.type}, {parallel.engine}, compute in {compute}"),
         ("attention", layout.attention.describe()),
@@ -175,6 +177,9 @@ def layout_rows(
         ("recomputed", ", ".join(f"{kind} in {count} units" for kind, count in sorted(units.items()))),
         ("FLOPs", f"{flops / group.size / 1e12:,.3g} TFLOP per rank and step, without recomputation"),
     ]  # fmt: skip
+    if parallel.linear != "compute":
+        how = ", emulated" if parallel.linear == "float8_emulated" else ""
+        rows.append(("float8", f"{sum(1 for _ in large_linears(model))} linears of the video side{how}"))
     if parallel.compile != "none":
         rows.append(("compiled", f"{len(kinds)} units by {parallel.compile}"))
     if parallel.engine == "fsdp2":

@@ -34,6 +34,8 @@ class GpuConfig:
     peak_tflops: peak of dense bfloat16 products, TFLOP/s, by which MFU is counted
     float8_tflops: peak of dense float8 products, TFLOP/s (null: has none)
     gemm_tflops: large bfloat16 products, TFLOP/s
+    float8_gemm_tflops: large products with parallel.linear=float8, the casts of their operands included, TFLOP/s (null:
+        unknown)
     attention_tflops: forward of attention over thousands of tokens, head width 128, not causal, TFLOP/s
     attention_backward_tflops: its backward
     memory_gb_s: memory-bound kernels, reads and writes together, GB/s
@@ -58,6 +60,7 @@ class GpuConfig:
     peak_tflops: float = bounded(MISSING, "(0, inf)")
     float8_tflops: float | None = bounded(None, "(0, inf)")
     gemm_tflops: list[float] = bounded(MISSING, "(0, inf)")
+    float8_gemm_tflops: list[float] | None = bounded(None, "(0, inf)")
     attention_tflops: list[float] = bounded(MISSING, "(0, inf)")
     attention_backward_tflops: list[float] = bounded(MISSING, "(0, inf)")
     memory_gb_s: list[float] = bounded(MISSING, "(0, inf)")
@@ -75,7 +78,9 @@ class GpuConfig:
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"device {self.device!r} is neither cuda nor cpu")
         for name in Rates.__dataclass_fields__:
-            values = [float(value) for value in getattr(self, name)]
+            if (given := getattr(self, name)) is None:
+                continue
+            values = [float(value) for value in given]
             if len(values) != len(RATES) or values != sorted(values, reverse=is_time(name)):
                 raise ValueError(
                     f"{name} is {values}; give [low, middle, high], from the slowest to the fastest"
@@ -94,7 +99,11 @@ class GpuConfig:
     def at(self, rate: str) -> Rates:
         """The rates at "low", "middle" or "high"."""
         place = RATES.index(rate)
-        return Rates(**{name: float(getattr(self, name)[place]) for name in Rates.__dataclass_fields__})
+        found: dict[str, Any] = {}
+        for name in Rates.__dataclass_fields__:
+            values = getattr(self, name)
+            found[name] = None if values is None else float(values[place])
+        return Rates(**found)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class Rates:
     """One value of each rate; units as of GpuConfig."""
 
     gemm_tflops: float
+    float8_gemm_tflops: float | None
     attention_tflops: float
     attention_backward_tflops: float
     memory_gb_s: float

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from model import fused
+from train.parallel import float8
 from train.parallel.sequence.operators import BODIES, run_body
 from train.plan.lines import LineFinder, SourceLine
 
@@ -31,7 +32,8 @@ ATTENTION = {
 
 
 class Op(NamedTuple):
-    """One kernel. kind: "gemm", "attention", "attention_backward" or "memory"; flops; bytes read and written."""
+    """One kernel. kind: "gemm", "float8" (a product with the casts of its operands), "attention", "attention_backward"
+    or "memory"; flops; bytes read and written."""
 
     kind: str
     flops: int
@@ -109,11 +111,13 @@ def _moved(tensor: Tensor) -> int:
 
 @contextmanager
 def kernels_of(gpu: bool) -> Iterator[None]:
-    """While entered, what a GPU does in one kernel and a CPU in several: RMSNorm, and the backward of a modulation."""
+    """While entered, what a GPU does in one kernel and a CPU in several: RMSNorm, and the backward of a modulation; and
+    what it multiplies in float8."""
     with ExitStack() as stack:
         if gpu:
             stack.enter_context(patch.object(fused.RMSNorm, "forward", _rms_norm))
             stack.enter_context(patch.object(fused, "sums_in_kernel", lambda x: True))
+            stack.enter_context(patch.object(float8, "scaled_product", _float8_product))
         yield
 
 
@@ -140,6 +144,15 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _note(op: Op) -> None:
+def _float8_product(a: Tensor, b: Tensor) -> Tensor:
+    """In the memory and FLOPs of a float8 product; its time, casts included, is that of a measured rate. Its bytes:
+    both operands are read, written in float8 and read again."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    moved = sum(one.nbytes + 2 * one.numel() for one in (a, b)) + out.nbytes
+    _note(Op("float8", 2 * a.shape[0] * a.shape[1] * b.shape[1], moved), "scaled_mm")
+    return out
+
+
+def _note(op: Op, name: str = "rms_norm") -> None:
     for counter in OpCounter.entered:
-        counter.add(op, counter.finder.find("rms_norm") if counter.finder else None)
+        counter.add(op, counter.finder.find(name) if counter.finder else None)

@@ -109,7 +109,7 @@ def _total(parts: dict[str, float]) -> dict[str, Any]:
     return {"total": sum(parts.values()), "parts": parts}
 
 
-Key = tuple[int, int, str, Workload, bool]
+Key = tuple[int, int, tuple[str, str, str], Workload, bool]
 
 
 @dataclass
@@ -136,7 +136,8 @@ class KnownCounts:
 
 def key_of(parallel: ParallelConfig, workload: Workload, gpu: bool) -> Key:
     """What counts of a model depend on, beside the kind of checkpointing."""
-    return parallel.ring, parallel.ulysses, parallel.compute_dtype, dataclasses.replace(workload, micro_batches=1), gpu
+    precision = parallel.compute_dtype, parallel.residual, parallel.linear
+    return parallel.ring, parallel.ulysses, precision, dataclasses.replace(workload, micro_batches=1), gpu
 
 
 @contextmanager
@@ -205,7 +206,7 @@ def plan_run(question: Question, counted: KnownCounts | None = None) -> Plan:
     }
     return Plan(
         question=question,
-        layout=_layout(parallel, layout, kinds, config.data.micro_batch),
+        layout=_layout(config.parallel, parallel.compute_dtype, layout, kinds, config.data.micro_batch),
         peak=peak,
         memory=_memory(peak, question),
         step=step,
@@ -232,6 +233,16 @@ def _refuse(question: Question, parallel: ParallelConfig, model: JointTransforme
         raise RunError(
             f"parallel.compute_dtype={parallel.compute_dtype} can't be planned for a GPU: its sheet has the rates of "
             "bfloat16; plan parallel.compute_dtype=bfloat16"
+        )
+    if question.on_gpus and question.config.parallel.linear == "float8_emulated":
+        raise RunError(
+            "parallel.linear=float8_emulated can't be planned for a GPU: it is there to try roundings; plan "
+            "parallel.linear=float8"
+        )
+    if question.config.parallel.linear == "float8" and question.gpu.float8_gemm_tflops is None:
+        raise RunError(
+            f"parallel.linear=float8 can't be planned for {question.gpu.title}: its sheet has no float8_gemm_tflops; "
+            "plan parallel.linear=compute, or give that rate (gpu.float8_gemm_tflops)"
         )
 
 
@@ -267,11 +278,13 @@ def workload_of(question: Question, layout: Layout) -> Workload:
 
 
 def resolved(parallel: ParallelConfig, on_gpus: bool) -> ParallelConfig:
-    """With the dtype that `auto` takes there, and an attention that a machine without GPUs has too."""
+    """With the dtype that `auto` takes there, and an attention and float8 that a machine without GPUs has too; of GPUs
+    their kernels are counted all the same (train/plan/kernels.py)."""
     dtype = parallel.compute_dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpus else "float32"
-    return dataclasses.replace(parallel, compute_dtype=dtype, attention="auto")
+    linear = "float8_emulated" if parallel.linear == "float8" else parallel.linear
+    return dataclasses.replace(parallel, compute_dtype=dtype, attention="auto", linear=linear)
 
 
 def _meta_model(config: TrainConfig) -> JointTransformer:
@@ -281,7 +294,9 @@ def _meta_model(config: TrainConfig) -> JointTransformer:
     return model
 
 
-def _layout(parallel: ParallelConfig, layout: Layout, kinds: list[str], micro_batch: int) -> dict[str, Any]:
+def _layout(
+    parallel: ParallelConfig, compute: str, layout: Layout, kinds: list[str], micro_batch: int
+) -> dict[str, Any]:
     found = {
         "engine": parallel.engine,
         "dp_replicate": layout.dp_replicate,
@@ -292,7 +307,9 @@ def _layout(parallel: ParallelConfig, layout: Layout, kinds: list[str], micro_ba
         "recompute_gib": parallel.recompute_gib,
         "accumulate": parallel.accumulate,
         "optimizer_state": parallel.optimizer_state,
-        "compute_dtype": parallel.compute_dtype,
+        "compute_dtype": compute,
+        "residual": parallel.residual,
+        "linear": parallel.linear,
         "micro_batch": micro_batch,
     }
     return found | {"units": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}

@@ -23,10 +23,11 @@ from train.monitor.kernel_kinds import KERNEL_KINDS
 from train.plan.gpu import GpuConfig, Rates
 
 HOST_COPY = "host copy"  # between a GPU and the memory of its host
-KINDS = ("gemm", "attention", "attention_backward", "memory", HOST_COPY)
-BUSY = dict(zip(KINDS, ("gemm", "attention", "attention", "elementwise", "host_copies"), strict=True))
+KINDS = ("gemm", "float8", "attention", "attention_backward", "memory", HOST_COPY)
+BUSY = dict(zip(KINDS, ("gemm", "gemm", "attention", "attention", "elementwise", "host_copies"), strict=True))
 PART_NAMES = {  # for people, of what a step's time is spent on
-    "gemm": "matrix products", "attention": "attention, forward", "attention_backward": "attention, backward",
+    "gemm": "matrix products", "float8": "matrix products in float8", "attention": "attention, forward",
+    "attention_backward": "attention, backward",
     "memory": "elementwise kernels", "waiting for weights": "waiting for gathers",
 }  # fmt: skip
 
@@ -121,7 +122,7 @@ class Clock:
         if one.kind == HOST_COPY:
             return one.times * one.bytes / (rates.host_gb_s * 1e9)
         speed = {
-            "gemm": rates.gemm_tflops, "attention": rates.attention_tflops,
+            "gemm": rates.gemm_tflops, "float8": rates.float8_gemm_tflops, "attention": rates.attention_tflops,
             "attention_backward": rates.attention_backward_tflops,
         }.get(one.kind)  # fmt: skip
         computed = one.flops / (speed * 1e12) if speed else 0.0
@@ -275,8 +276,10 @@ class _Streams:
 def bound(kernels: Mapping[str, float], gpu: GpuConfig) -> float:
     """Seconds that no step can beat: products and attention alone at the highest rates. `kernels`: FLOPs by kind."""
     rates = gpu.at("high")
+    float8 = kernels.get("float8", 0.0)
     return (
         kernels.get("gemm", 0.0) / rates.gemm_tflops
+        + (float8 / rates.float8_gemm_tflops if float8 and rates.float8_gemm_tflops else 0.0)
         + kernels.get("attention", 0.0) / rates.attention_tflops
         + kernels.get("attention_backward", 0.0) / rates.attention_backward_tflops
     ) / 1e12

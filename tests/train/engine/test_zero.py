@@ -13,6 +13,7 @@ from tests.train.engine import zero_cases as cases
 from train.parallel.mesh import ParallelConfig
 
 STAGES = ("zero1", "zero2", "zero3")
+WIDE = ("zero1", "zero3")  # of them, those that run with float32 between blocks too
 # name: (engine, micro-batch, video heads, degrees). Four slots on two ranks: micro-batch 1 accumulates.
 PARITY = {
     "zero1, accumulated": ("zero1", 1, 1, {}),
@@ -41,6 +42,7 @@ def ranks(tmp_path_factory):
             **{name: (parity, case) for name, case in PARITY.items()},
             **{f"idle {stage}": (cases.idle_and_nan, (stage,)) for stage in STAGES},
             **{f"bfloat16 {stage}": (cases.bfloat16, (stage,)) for stage in STAGES},
+            **{f"wide {stage}": (cases.bfloat16, (stage, "float32")) for stage in WIDE},
             "trip": (cases.round_trip, (folder, list(TRIP))),
             "unbroken": (cases.unbroken, (2 * len(TRIP) + 1,)),
             "run": (runs.train, (folder, folder / "data", "run", "parallel=zero3", "steps=4", *valid)),
@@ -70,9 +72,10 @@ def test_a_nan_on_one_rank_suppresses_the_update_everywhere(ranks, stage):
         assert result["norm"] == float("inf") and result["suppressed"] and result["goes_on"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_masters_are_float32_while_compute_is_bfloat16(ranks, stage):
-    for result in ranks[1][f"bfloat16 {stage}"]:
+@pytest.mark.parametrize(("stage", "states"), [*((s, "bfloat16") for s in STAGES), *((s, "wide") for s in WIDE)])
+def test_masters_are_float32_while_compute_is_bfloat16(ranks, stage, states):
+    for result in ranks[1][f"{states} {stage}"]:
+        assert result["states"] == {torch.float32 if states == "wide" else torch.bfloat16}
         assert result["differs"] and result["relative"] < 2e-2
         assert result["start_exact"] and result["dtypes"] == {torch.float32}
         assert result["moved_off_the_bfloat16_grid"] and 0 < result["largest_move"] < 3e-3  # about the LR

@@ -149,12 +149,14 @@ def unbroken(count: int) -> dict[str, torch.Tensor]:
     return whole(engine)
 
 
-def bfloat16(engine_name: str) -> dict:
+def bfloat16(engine_name: str, residual: str = "compute") -> dict:
     """Invariant 9: masters and moments float32; starting values are not rounded; the loss is near the exact one."""
     prepared = global_batch(0, torch.float32)
     plain = reference_model(tiny_config(), torch.float32)
     exact = cases.backward(plain, [prepared], 0).share.item()
-    engine, layout = make_engine(tiny_config(), engine=engine_name, compute_dtype="bfloat16")
+    engine, layout = make_engine(tiny_config(), engine=engine_name, compute_dtype="bfloat16", residual=residual)
+    states = set()
+    engine.network.video_dit.blocks[1].register_forward_pre_hook(lambda _, given: states.add(given[0].dtype))
     start = whole(engine)
     losses = forward_backward(
         engine.model, my_micro_batches(prepared, layout, 1), OBJECTIVE, "high", layout, engine.backward
@@ -166,6 +168,7 @@ def bfloat16(engine_name: str) -> dict:
     return {
         "relative": abs(losses.share.item() / exact - 1),
         "differs": losses.share.item() != exact,
+        "states": states,
         "start_exact": all(torch.equal(start[f"model.{n}"], p) for n, p in plain.named_parameters()),
         "dtypes": {value.dtype for value in end.values()},
         "largest_move": max(value.abs().max().item() for value in moved.values()),

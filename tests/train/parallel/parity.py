@@ -30,6 +30,7 @@ from train.engine.engine import ShardedEngine
 from train.engine.optim_config import OptimConfig
 from train.objective.noise import Prepared, draw
 from train.objective.objective import Objective
+from train.parallel.float8 import convert_linears, large_linears
 from train.parallel.mesh import ParallelConfig
 from train.step import forward_backward
 
@@ -40,6 +41,13 @@ EXPERTS = Objective(OBJECTIVE, ("high", "low"))
 OPTIM = OptimConfig(lr_tower=15.0, lr_bridge=30.0, clip=0.01, warmup=0)
 # 15 video tokens in frames of 5: neither 2 nor 4 ranks divide them, and their borders cut frames.
 BUCKET = Bucket(frames=3, height=2, width=10, audio_steps=403, fps=24.0, has_video=True, has_audio=True)
+
+# Layouts of products in float8.
+FLOAT8: dict[str, dict[str, Any]] = {
+    "fsdp, compiled": {"compile": "aot_eager"},
+    "ulysses 2, recomputed": {"ulysses": 2, "recompute": "full"},
+    "ring 2": {"ring": 2},
+}
 
 
 class Case(NamedTuple):
@@ -134,9 +142,12 @@ def moments(losses: Any) -> Tensor:
     return torch.cat([losses.share.view(1), losses.video, losses.audio]).double()
 
 
-def expected(folder: Path, heads: int, asked: str, dtype: torch.dtype = torch.float64) -> None:
-    """Write what one process finds that computes in `dtype` (its weights in at least float32): losses and norms of
-    every step, the first two gradients (one of each expert), and the parameters before and after each."""
+def expected(
+    folder: Path, heads: int, asked: str, dtype: torch.dtype = torch.float64, wide_states: bool = False
+) -> None:
+    """Write what one process finds that computes in `dtype` (its weights in at least float32, with `wide_states` its
+    hidden states too): losses and norms of every step, the first two gradients (one of each expert), and the parameters
+    before and after each."""
     wide = torch.promote_types(dtype, torch.float32)
     model = reference_model(config_of(heads), wide)
     rates = ((False, OPTIM.lr_tower), (True, OPTIM.lr_bridge))
@@ -150,6 +161,8 @@ def expected(folder: Path, heads: int, asked: str, dtype: torch.dtype = torch.fl
     found: dict[str, Any] = {"start": _parameters(model), "losses": [], "norms": [], "gradients": [], "after": []}
     for step in range(STEPS):
         computing = in_dtype(model, dtype)
+        if wide_states:
+            computing.keep_residual(torch.float32)
         batches = micro_batches(step, SLOTS, 0, 1, wide)
         expert = EXPERTS.expert(step)
         losses = forward_backward(Asking(computing, asked), batches, OBJECTIVE, expert, cases.ONE_PROCESS)
@@ -163,12 +176,14 @@ def expected(folder: Path, heads: int, asked: str, dtype: torch.dtype = torch.fl
         sgd.step()
         sgd.zero_grad()
         found["after"].append(_parameters(model))
-    torch.save(found, recording(folder, heads, asked, dtype))
+    torch.save(found, recording(folder, heads, asked, dtype, wide_states))
 
 
-def recording(folder: Path, heads: int, asked: str, dtype: torch.dtype = torch.float64) -> Path:
+def recording(
+    folder: Path, heads: int, asked: str, dtype: torch.dtype = torch.float64, wide_states: bool = False
+) -> Path:
     """Where `expected` writes."""
-    return folder / f"{heads}-{asked}-{dtype}.pt".replace("torch.", "")
+    return folder / f"{heads}-{asked}-{dtype}{'-wide' * wide_states}.pt".replace("torch.", "")
 
 
 def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Any:
@@ -181,10 +196,11 @@ def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def rounding(folder: Path, heads: int, dtype: torch.dtype, steps: int) -> dict[str, Any]:
+def rounding(folder: Path, heads: int, dtype: torch.dtype, steps: int, wide_states: bool) -> dict[str, Any]:
     """By how much one process that computes in `dtype` differs from float64: see `compare`."""
     found, true = (
-        torch.load(recording(folder, heads, "all", kind), weights_only=True) for kind in (dtype, torch.float64)
+        torch.load(recording(folder, heads, "all", *kind), weights_only=True)
+        for kind in ((dtype, wide_states), (torch.float64,))
     )
     pairs = [list(zip(found[key], true[key], strict=True))[:steps] for key in ("losses", "gradients")]
     return {
@@ -239,6 +255,31 @@ def compare(folder: Path, case: Case) -> dict[str, Any]:
     result["parameters"] = cases.worst(end, true_end)
     result["moved"] = together(moves(end, true), moves(true_end, true))
     return result
+
+
+def float8_parity(degrees: dict[str, Any]) -> dict[str, float]:
+    """Products in float8 (emulated) under a layout and on one process. Largest relative differences in float64: of the
+    loss, of gradients of the weights of float8 linears, and of all others."""
+    config = cases.tiny_config(2)
+    config = replace(config, video=replace(config.video, ffn_dim=64))
+    prepared = cases.global_batch(0, torch.float64)
+    one = cases.reference_model(config, torch.float64)
+    convert_linears(one, "float8_emulated")
+    true = cases.backward(one, [prepared], 0).share.item()
+    parallel = ParallelConfig(compute_dtype="float64", linear="float8_emulated", **degrees)
+    model, layout = cases.sharded_model(config, parallel)
+    share = cases.backward(model, cases.my_micro_batches(prepared, layout, 4), 0, layout).share.clone()
+    dist.all_reduce(share)
+    found, expected = (
+        full({name: p.grad for name, p in network.named_parameters() if p.grad is not None}) for network in (model, one)
+    )
+    inside = {f"{name}.weight" for name, _ in large_linears(one)} & expected.keys()
+    parts = {"float8": inside, "others": expected.keys() - inside}
+    result = {
+        part: cases.worst({n: found[n] for n in names}, {n: expected[n] for n in names})[0]
+        for part, names in parts.items()
+    }
+    return result | {"loss": abs(share.item() / true - 1)}
 
 
 def together(found: dict[str, Tensor], true: dict[str, Tensor]) -> float:

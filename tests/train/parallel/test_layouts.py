@@ -58,6 +58,16 @@ ROUNDED = {
     "fsdp, bfloat16, accumulated whole": Case(5, 1, {"compute_dtype": "bfloat16", "accumulate": "unsharded"}, steps=2),
     "ulysses 2, bfloat16": Case(5, 2, {"ulysses": 2, "compute_dtype": "bfloat16"}, steps=2),
     "ring 2, bfloat16": Case(5, 2, {"ring": 2, "compute_dtype": "bfloat16"}, steps=2),
+    **{
+        f"{name}, bfloat16, float32 between blocks": Case(
+            5, 2, {**layout, "compute_dtype": "bfloat16", "residual": "float32"}, steps=2
+        )
+        for name, layout in {
+            "fsdp, compiled": {"compile": "aot_eager"},
+            "ulysses 2, recomputed": {"ulysses": 2, "recompute": "selective"},
+            "ring 2": {"ring": 2},
+        }.items()
+    },
 }
 # The order of sums and the attention kernel alone move these errors by factors of 0.6 to 1.8.
 SPREAD = 3
@@ -92,6 +102,7 @@ def folder(tmp_path_factory):
         parity.expected(folder, heads, asked)
     for dtype in (torch.float32, torch.bfloat16):
         parity.expected(folder, 5, "all", dtype)
+    parity.expected(folder, 5, "all", torch.bfloat16, wide_states=True)
     return folder
 
 
@@ -108,6 +119,7 @@ def two_ranks(folder):
             **{f"adamw_{seed}": (cases.adamw_parity, ("float32", seed)) for seed in range(3)},
             "idle": (cases.idle_expert, ()),
             "bfloat16": (cases.bfloat16_compute, ()),
+            **{f"float8, {name}": (parity.float8_parity, (degrees,)) for name, degrees in parity.FLOAT8.items()},
             "non_finite": (cases.non_finite_gradient, ()),
             "generators": (cases.global_generators, ()),
             "saved": (cases.save_checkpoint, (folder, 1)),
@@ -164,8 +176,8 @@ def above_rounding(folder, case, result):
     those of one process. Each is one number over thousands of values; a single number, as the norm, may be right by
     luck, so it is compared with the gradients that it is the norm of. The loss averages over all outputs and samples:
     its error stays below that of rounding it once (2**-8 in bfloat16)."""
-    dtype = getattr(torch, case.parallel["compute_dtype"])
-    once, one = torch.finfo(dtype).eps / 2, parity.rounding(folder, case.heads, dtype, case.steps)
+    dtype, wide = getattr(torch, case.parallel["compute_dtype"]), case.parallel.get("residual") == "float32"
+    once, one = torch.finfo(dtype).eps / 2, parity.rounding(folder, case.heads, dtype, case.steps, wide)
     pairs = {part: (result["gradients"][part], SPREAD * error) for part, error in one["gradients"].items()}
     pairs |= {"moved": (result["moved"], SPREAD * one["moved"]), "norm": (result["own_norm"], 1e-6)}
     pairs["loss"] = (result["loss"], max(once, SPREAD * one["loss"]))
@@ -177,6 +189,14 @@ def test_other_dtypes_are_as_exact_as_one_process(two_ranks, name):
     folder, results = two_ranks
     for result in results[name]:
         assert above_rounding(folder, ROUNDED[name], result) == {} and result["loss"] > 0
+
+
+@pytest.mark.parametrize("name", parity.FLOAT8)
+def test_float8_is_the_same_in_every_layout_but_for_scales_along_a_ranks_tokens(two_ranks, name):
+    for result in two_ranks[1][f"float8, {name}"]:
+        assert result["loss"] <= 1e-10 and result["others"] <= 1e-9
+        # Scales are powers of two: others change only what lies below the least normal value.
+        assert 1e-12 < result["float8"] < 1e-3
 
 
 @pytest.mark.parametrize("fault", PLANTED_ROUNDED)

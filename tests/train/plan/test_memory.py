@@ -58,6 +58,7 @@ def test_the_peak_is_that_of_the_whole_program_on_simulated_ranks(name: str, cou
 REAL = {
     "alone": (1, []),
     "alone, summed whole": (1, ["data.micro_batch=2", "parallel.accumulate=unsharded"]),
+    "alone, float32 between blocks": (1, ["parallel.compute_dtype=bfloat16", "parallel.residual=float32"]),
     "fsdp": (2, []),
     "ulysses, attention": (2, ["parallel.ulysses=2", "parallel.recompute=attention"]),
     "ulysses, selective": (2, ["parallel.ulysses=2", "parallel.recompute=selective"]),
