@@ -173,10 +173,10 @@ class JointTransformer(nn.Module):
         for i in range(self.config.video.num_layers):
             if i in bridged:
                 x, a = bridge(i, x, a, bridge_v, bridge_a, grid[0], bridge_scale)
+            if audio is not None and i < self.config.audio.num_layers:  # beside the Bridge: one gather fetches both
+                a = sound.blocks[i](a, context_a, time_a, rotary_a)
             if video is not None:
                 x = tower.blocks[i](x, context, time, rotary)
-            if audio is not None and i < self.config.audio.num_layers:
-                a = sound.blocks[i](a, context_a, time_a, rotary_a)
 
         out = Velocities(None, None)
         if video is not None:

@@ -55,6 +55,13 @@ EARLIER_STEPS = {  # this program, that commit: predicted ms and MFU, middle
     ("720p, 64 GPUs, ring 2 x Ulysses 8", "selective"): "13,891, 41.7%",
     ("720p, 64 GPUs, ring 2 x Ulysses 8", "budget"): "13,639, 42.5% (budget 67.2 GiB)",
 }
+UNITS = "e05cb46"  # the last one with a unit for each Bridge direction and each audio block, fetched one ahead
+WAITS = {  # this program, that commit: predicted ms of waiting for weights and for reductions
+    ("360p, 64 GPUs, Ulysses 8", "selective"): "105.5, 104.3",
+    ("360p, 64 GPUs, Ulysses 8", "none"): "105.5, 124.3",
+    ("720p, 64 GPUs, Ulysses 8", "budget"): "70.9, 21.8",
+    ("720p, 64 GPUs, ring 2 x Ulysses 8", "budget"): "92.2, 69.5",
+}
 EARLIER_MEMORY = {  # this program, that commit: counted peak, GiB; predicted ms a clip, MFU
     ("360p, 64 GPUs, Ulysses 8", "none"): "74.7 (2,534, 41.4%)",
     ("360p, 64 GPUs, Ulysses 8", "selective"): "22.4 (2,868, 36.6%)",

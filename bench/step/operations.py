@@ -103,9 +103,10 @@ def _of_units(weights: Weights, counts: dict[str, Counts]) -> tuple[Counter[tupl
     rest = next(iter(counts.values()))[REST]
     passes: list[Pass] = [rest.forward, rest.backward]
     for unit in weights.units:
-        if unit.shape != REST:
-            both = counts[unit.kind][unit.shape]
-            passes += [both.forward, both.backward] if unit.passed else [both.forward]
+        for part in unit.parts:
+            if part.shape != REST:
+                both = counts[part.kind][part.shape]
+                passes += [both.forward, both.backward] if unit.passed else [both.forward]
     often = Counter(id(one) for one in passes)  # layers of a kind share their counts
     found: Counter[tuple[SourceLine, Op]] = Counter()
     calls: Counter[str] = Counter()
@@ -129,8 +130,8 @@ def _of_sizes(weights: Weights, average: bool) -> Iterable[Operation]:
     through = [unit for unit in weights.units if unit.passed]
     of(weights.units, "forward", "copy out of a gather", lambda unit: 2 * unit.gathered)
     of(through, "backward", "copy out of a gather", lambda unit: 2 * unit.gathered)
-    of((unit for unit in through if unit.trains), "backward", "copy into a reduction", lambda one: one.reduced * 3 // 2)
-    shard = sum(unit.shard for unit in weights.units if unit.trains) // weights.wide
+    of(through, "backward", "copy into a reduction", lambda one: one.reduced * 3 // 2)
+    shard = sum(unit.shard for unit in weights.units) // weights.wide
     update = Op("memory", 0, shard * (ADAMW + AVERAGE * average))
     return [*found, Operation(SourceLine(OPTIMIZER, "", "update", "adamw", ""), update, 1)]
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.step import before
 from bench.step.before import AIMS, BEFORE, BEFORE_BYTES, EARLIER, EARLIER_MEMORY, EARLIER_STEPS, RATES, STUDY
 from bench.step.operations import CATEGORIES, Operation, Step, category, counted_step, gap
 from bench.step.precision import NOTE, precisions
@@ -169,9 +170,9 @@ def standing(table: Table) -> Iterator[str]:
             ]
             cells = [f"{1e3 * one.step.seconds:,.0f}, {one.mfu:.1%}" for one in plans]
             chosen = question.config.parallel.recompute
-            before = BEFORE[name] if chosen == "selective" else ""
+            studied = BEFORE[name] if chosen == "selective" else ""
             earlier = EARLIER_STEPS.get((name, chosen)) or EARLIER_STEPS.get((name, "budget"), "")
-            yield f"| {name} | {kind} | {' | '.join(cells)} | {plans[1].hfu:.1%} | {earlier} | {before} |"
+            yield f"| {name} | {kind} | {' | '.join(cells)} | {plans[1].hfu:.1%} | {earlier} | {studied} |"
 
 
 def _usual(table: Table, name: str) -> list[Question]:
@@ -286,6 +287,10 @@ def gaps(steps: list[tuple[str, Step]]) -> Iterator[str]:
     ]
     yield f"| MFU of the first row alone | {' | '.join(f'{limit:.1%}' for limit in limits)} |"
     yield f"| MFU | {' | '.join(f'{step.plan.mfu:.1%}' for _, step in steps)} |"
+    units = [", ".join(map(str, step.units)) for _, step in steps]
+    yield f"| units gathered in forward, gathered in backward, reduced | {' | '.join(units)} |"
+    waits = [before.WAITS.get((name, step.plan.layout["recompute"]), "") for name, step in steps]
+    yield f"| waiting for weights, for reductions, at {before.UNITS} with 136 units | {' | '.join(waits)} |"
 
 
 def memory(table: Table) -> Iterator[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -23,7 +24,7 @@ from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
 from train.parallel.float8 import convert_linears
 from train.parallel.mesh import DTYPES, Layout, ParallelConfig
-from train.parallel.parts import ALL, forward_order, freeze, in_backward
+from train.parallel.parts import AHEAD, ALL, forward_order, freeze, in_backward, small_modules
 from train.parallel.recompute import choose_kinds, recompute_activations, shape_of, units
 from train.parallel.sequence.cores import shard_sequence
 from train.parallel.workload import Workload
@@ -152,10 +153,14 @@ def recomputed_units(
 def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layout) -> None:
     """FSDP2 (HSDP with dp_replicate > 1) units in the order in which a step meets them.
 
-    Stem, time path, each block, each Bridge direction and each head are units: the joint model calls these, not whole
-    towers, and an expert that is idle is then neither gathered nor reduced. Inputs are never cast by FSDP: timesteps
-    must stay exact and tables float32, so modules cast for themselves. The time path computes in float32. A rank alone
-    that casts nothing keeps its parameters as they are.
+    Units are the stem, the time path, each video block, what runs beside it in its layer (both Bridge directions and
+    the audio block), and each head: the joint model calls these, not whole towers, and an expert that is idle is then
+    neither gathered nor reduced. Inputs are never cast by FSDP: timesteps must stay exact and tables float32, so
+    modules cast for themselves. The time path computes in float32. A rank alone that casts nothing keeps its
+    parameters as they are.
+
+    A unit's weights are gathered, and its gradients reduced, while others compute. The reduction of a video block takes
+    longer than a Bridge direction or an audio block computes: together they hide it.
     """
     if layout.alone:
         return
@@ -172,38 +177,70 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
         if isinstance(tower, Tower):
             unit([tower.patch_embedding, tower.text_embedding])
             unit([tower.time_embedding, tower.time_projection], exact)
-            for block in tower.blocks:
-                unit(block)
             unit(tower.head)
-    for conditioners in (
-        model.dual_tower_bridge.audio_to_video_conditioners,
-        model.dual_tower_bridge.video_to_audio_conditioners,
-    ):
-        for conditioner in conditioners.values():
-            unit(conditioner)
+    for name in model.config.experts:
+        for block in model.expert(name).blocks:
+            unit(block)
+    together = []
+    for layer in range(model.config.audio.num_layers):
+        modules = [*small_modules(model, layer)]
+        unit(modules)
+        together += [_Together(modules)] * (len(modules) > 1)
     unit(model)  # the root: what is left is the Bridge's condition scale, where a config has one
-    model.register_forward_pre_hook(_prefetch_in_order, with_kwargs=True)
+    model.register_forward_pre_hook(partial(_gather_in_order, together), with_kwargs=True)
 
 
-def _prefetch_in_order(model: JointTransformer, _: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    """Let every unit gather the one that follows it in this forward.
+class _Together:
+    """Modules of one unit, of which a forward runs only some where a modality is absent.
 
-    Video blocks are large, Bridge directions and audio blocks between them small: a gather that begins a unit earlier
-    hides behind a video block. The order depends on the expert and on what is given, so it is set anew each time;
-    backward goes by the order that FSDP saw in forward.
+    FSDP2 gathers such a unit when the first of its modules runs, and lets go of it when all of them have run. Without a
+    picture the Bridge does not run: the unit would stay gathered, and the next forward compute with the old weights.
+    In backward it gathers the unit for the gradient of what ran last, and only for that.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._state = _sharded(modules[0])._get_fsdp_state()
+        self._awaited = self._state._modules_to_run_forward
+        self._running: Collection[nn.Module] = modules
+        for module in modules:  # both behind FSDP2's own hooks
+            module.register_forward_pre_hook(self._before)
+            module.register_forward_hook(self._after)
+
+    def expect(self, running: Collection[nn.Module]) -> None:
+        """The coming forward runs no other modules than these."""
+        self._running = running
+        self._awaited.clear()  # where the last forward did not come to its end
+
+    def _before(self, *_: Any) -> None:
+        self._awaited.intersection_update(self._running)
+
+    def _after(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._awaited:  # else FSDP2 has done so
+            self._state._register_pre_backward_hook(output)
+
+
+def _gather_in_order(
+    together: Sequence[_Together], model: JointTransformer, _: tuple[Any, ...], inputs: dict[str, Any]
+) -> None:
+    """Let every unit gather the AHEAD units that follow it, in this forward and in its backward.
+
+    A video block is large, and a layer's small modules compute for a shorter time than its gather takes: begun two
+    units earlier, it hides behind the video block before. The order depends on the expert, on what is given and on what
+    trains, so it is set anew each time: FSDP's own order in backward would be one unit ahead, and gather also what no
+    gradient passes through.
     """
     given = (inputs.get(modality) is not None for modality in ("video", "audio"))
     order = [*forward_order(model, inputs.get("expert", "high"), *given)]
+    running = {module for unit in order for module in unit.modules}
+    for modules in together:
+        modules.expect(running)
     units = [_sharded(unit.modules[0]) for unit in order]
-    for unit, following in zip(units, [*units[1:], None], strict=True):
-        unit.set_modules_to_forward_prefetch([following] if following is not None else [])
-    if all(parameter.requires_grad for parameter in model.parameters()):
-        return
-    # FSDP would gather in backward whatever came before in forward, also what no gradient passes through.
+    for place, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + AHEAD])
     met = [unit for unit, passed in zip(units, in_backward(order), strict=True) if passed]
-    for unit, following in zip(met, [*met[:1], *met[:-1]], strict=True):
-        unit.set_modules_to_backward_prefetch([following])  # the last one has itself, which is there: an empty list
-        # would mean FSDP's own order
+    for place, unit in enumerate(met):
+        following = met[max(0, place - AHEAD) : place][::-1]
+        unit.set_modules_to_backward_prefetch(following or [unit])  # itself is there: none would mean FSDP's own order
 
 
 def _sharded(module: nn.Module) -> FSDPModule:

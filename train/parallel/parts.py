@@ -101,8 +101,12 @@ def freeze(model: JointTransformer, trained: Collection[str]) -> None:
         parameter.requires_grad_(tower_of(name) in trained)
 
 
+AHEAD = 2  # units whose weights are on their way while one computes: the next large one, whatever stands between
+
+
 class Unit(NamedTuple):
-    """Modules whose parameters are gathered together, and the streams of states ("video", "audio") that they join."""
+    """Modules whose parameters are gathered together, in the order in which they run, and the streams of states
+    ("video", "audio") that they join."""
 
     modules: tuple[nn.Module, ...]
     reads: frozenset[str]
@@ -110,25 +114,37 @@ class Unit(NamedTuple):
 
 
 def forward_order(model: JointTransformer, expert: str, video: bool, audio: bool) -> Iterator[Unit]:
-    """The units that a forward of this expert runs, in order; `video`, `audio`: whether it gets them."""
-    tower, bridge = model.expert(expert), model.dual_tower_bridge
+    """The units that a forward of this expert runs, in order, each with the modules of it that run; `video`, `audio`:
+    whether it gets them."""
+    tower = model.expert(expert)
     none, seen, heard = frozenset[str](), frozenset({"video"}), frozenset({"audio"})
     for present, part, stream in ((video, tower, seen), (audio, model.audio_dit, heard)):
         if present:
             yield Unit((part.patch_embedding, part.text_embedding), none, stream)
             yield Unit((part.time_embedding, part.time_projection), none, stream)
     for i in range(model.config.video.num_layers):
-        if video and audio and i in bridge.layers:
-            yield Unit((bridge.audio_to_video_conditioners[str(i)],), seen | heard, seen)
-            yield Unit((bridge.video_to_audio_conditioners[str(i)],), seen | heard, heard)
+        small = small_modules(model, i)
+        if video and audio and len(small) > 1:
+            yield Unit(small, seen | heard, seen | heard)
+        elif audio and small:
+            yield Unit(small[-1:], heard, heard)
         if video:
             yield Unit((tower.blocks[i],), seen, seen)
-        if audio and i < model.config.audio.num_layers:
-            yield Unit((model.audio_dit.blocks[i],), heard, heard)
     if video:
         yield Unit((tower.head,), seen, none)
     if audio:
         yield Unit((model.audio_dit.head,), heard, none)
+
+
+def small_modules(model: JointTransformer, layer: int) -> tuple[nn.Module, ...]:
+    """What runs in a layer beside the video block, in order: both Bridge directions, if the towers meet there, and the
+    audio block, if audio is that deep."""
+    bridge, found = model.dual_tower_bridge, list[nn.Module]()
+    if layer in bridge.layers:
+        found += [bridge.audio_to_video_conditioners[str(layer)], bridge.video_to_audio_conditioners[str(layer)]]
+    if layer < model.config.audio.num_layers:
+        found.append(model.audio_dit.blocks[layer])
+    return tuple(found)
 
 
 def in_backward(order: Sequence[Unit]) -> list[bool]:
@@ -136,8 +152,9 @@ def in_backward(order: Sequence[Unit]) -> list[bool]:
     carried: set[str] = set()
     found = []
     for unit in order:
-        # All parameters of a unit belong to one part.
-        takes_part = next(unit.modules[0].parameters()).requires_grad or bool(unit.reads & carried)
+        # All parameters of a module belong to one part.
+        learns = any(next(module.parameters()).requires_grad for module in unit.modules)
+        takes_part = learns or bool(unit.reads & carried)
         carried |= unit.writes if takes_part else set()
         found.append(takes_part)
     return found

@@ -7,6 +7,7 @@ counted to hold on fake tensors (bench/results/simulate.md) and in real runs.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,25 +17,47 @@ from torch import nn
 
 from model.joint import JointTransformer
 from train.parallel.mesh import Layout, ParallelConfig
-from train.parallel.parts import ALL, Unit, forward_order, in_backward, tower_of
+from train.parallel.parts import AHEAD, ALL, Unit, forward_order, in_backward, tower_of
 from train.parallel.recompute import shape_of, units
 from train.parallel.traffic import EXACT
 from train.plan.count import REST, Counts, UnitCounts
 
 
 @dataclass(frozen=True)
-class UnitWeights:
-    """A unit of FSDP: bytes of its whole weights in the dtype in which they are gathered and of their gradients as they
-    are reduced, and of this rank's float32 shard. trains: its weights learn; passed: a gradient passes through it."""
+class UnitPart:
+    """One of `train.parallel.recompute.units`, or what else a unit of FSDP holds (REST). kind: of checkpointing;
+    gradients: bytes, as its backward makes them."""
 
     name: str
     shape: str
     kind: str
+    gradients: int
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """A unit of FSDP, with its parts in the order in which they run.
+
+    Bytes: of its whole weights in the dtype in which they are gathered; and of what learns, the gradients as they are
+    reduced and this rank's float32 shard. passed: a gradient passes through it.
+    """
+
+    parts: tuple[UnitPart, ...]
     gathered: int
     reduced: int
     shard: int
-    trains: bool
     passed: bool
+
+    @property
+    def name(self) -> str:
+        """Of its first part, and how many follow."""
+        more = len(self.parts) - 1
+        return self.parts[0].name + (f" and {more} more" if more else "")
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything in it learns."""
+        return self.shard > 0
 
 
 @dataclass(frozen=True)
@@ -97,18 +120,26 @@ class Weights:
 
     def _unit(self, unit: Unit, names: dict[nn.Module, str], kinds: dict[nn.Module, str], passed: bool) -> UnitWeights:
         gathered = reduced = shard = 0  # a rank alone gathers and reduces nothing
+        parts = []
         for module in unit.modules:
             exact = any(part in f"{names[module]}." for part in EXACT)
-            for parameter in module.parameters():
-                whole = self._shard(parameter) * self.shards
-                shard += self._shard(parameter)
-                if not self.alone:
-                    gathered += whole if exact else whole * self._compute // self.wide
-                    reduced += whole
-        first = unit.modules[0]
-        shape = shape_of(names[first]) if first in kinds else REST
-        trains = next(first.parameters()).requires_grad
-        return UnitWeights(names[first], shape, kinds.get(first, "none"), gathered, reduced, shard, trains, passed)
+            mine = sum(self._shard(parameter) for parameter in module.parameters())
+            whole = 0 if self.alone else mine * self.shards
+            computing = whole if exact else whole * self._compute // self.wide
+            learns = next(module.parameters()).requires_grad
+            gathered += computing
+            reduced += whole * learns
+            shard += mine * learns
+            shape = shape_of(names[module]) if module in kinds else REST
+            parts.append(UnitPart(names[module], shape, kinds.get(module, "none"), computing * learns))
+        return UnitWeights(tuple(_joined(parts)), gathered, reduced, shard, passed)
+
+
+def _joined(parts: list[UnitPart]) -> list[UnitPart]:
+    """Those that are counted together, as one."""
+    if parts[0].shape != REST:
+        return parts
+    return [dataclasses.replace(parts[0], gradients=sum(part.gradients for part in parts))]
 
 
 @dataclass(frozen=True)
@@ -132,11 +163,12 @@ def largest_moment(weights: Weights, counts: dict[str, Counts], parallel: Parall
 
 def kept_bytes(weights: Weights, counts: dict[str, Counts]) -> int:
     """What lies between forward and backward, of all units."""
-    return _of_rest(counts).kept + sum(counts[unit.kind][unit.shape].kept for unit in _blocks(weights))
+    return _of_rest(counts).kept + sum(counts[part.kind][part.shape].kept for part in blocks(weights))
 
 
-def _blocks(weights: Weights) -> list[UnitWeights]:
-    return [unit for unit in weights.units if unit.shape != REST]
+def blocks(weights: Weights) -> list[UnitPart]:
+    """The blocks and Bridge directions of a step, in the order in which they run."""
+    return [part for unit in weights.units for part in unit.parts if part.shape != REST]
 
 
 def _of_rest(counts: dict[str, Counts]) -> UnitCounts:
@@ -161,26 +193,28 @@ def _moments(
         parts = {"gradients": gradients + unreduced, "kept for backward": kept, "working memory": working}
         return Peak(when, held | parts | {"gathered weights": gathered, "gradients in reduction": reducing})
 
+    def of(part: UnitPart) -> UnitCounts | None:
+        return None if part.shape == REST else counts[part.kind][part.shape]
+
     for place, unit in enumerate(order):
-        following = order[place + 1].gathered if place + 1 < len(order) else 0
-        one = counts[unit.kind].get(unit.shape, rest) if unit.shape != REST else None
-        yield moment(f"forward of {unit.name}", one.forward.peak if one else 0, unit.gathered + following)
-        kept += one.kept if one else 0
+        there = sum(one.gathered for one in order[place : place + 1 + AHEAD])
+        for part in unit.parts:
+            one = of(part)
+            yield moment(f"forward of {part.name}", one.forward.peak if one else 0, there)
+            kept += one.kept if one else 0
     reducing = 0  # of the unit before, while this one computes
-    for place in reversed(range(len(order))):
-        unit = order[place]
-        if not unit.passed:
-            continue
-        one = counts[unit.kind][unit.shape] if unit.shape != REST else None
-        following = order[place - 1].gathered if place else 0
-        working = max(one.backward.peak, 0) if one else 0
-        if unit.trains and one is None:
-            working += unit.gathered
-        yield moment(f"backward of {unit.name}", working, unit.gathered + following, reducing)
-        kept -= one.kept if one else 0
+    met = [unit for unit in reversed(order) if unit.passed]
+    for place, unit in enumerate(met):
+        there = sum(one.gathered for one in met[place : place + 1 + AHEAD])
+        own = 0  # gradients, until they are copied for their reduction
+        for part in reversed(unit.parts):
+            one = of(part)
+            working = max(one.backward.peak, 0) if one else part.gradients
+            yield moment(f"backward of {part.name}", own + working, there, reducing)
+            kept -= one.kept if one else 0
+            own += part.gradients
         if unit.trains:
             reducing = 0 if weights.alone else unit.reduced + unit.shard
-            own = 0 if summed_whole else unit.gathered  # the gradients themselves, until they are copied
-            yield moment(f"reduction of {unit.name}", own, unit.gathered + following, reducing)
+            yield moment(f"reduction of {unit.name}", 0 if summed_whole else own, there, reducing)
             if micro_batches == 1:
                 gradients += unit.shard

@@ -8,7 +8,7 @@ from train.optimizer.adamw import AdamW
 from train.parallel.mesh import Layout, ParallelConfig
 from train.parallel.recompute import KEPT
 from train.plan.count import REST, Counts, Pass
-from train.plan.memory import UnitWeights, Weights
+from train.plan.memory import UnitPart, Weights, blocks
 from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, StepTime, simulate
 
 # Bytes that move for each weight of a shard: AdamW reads weight, gradient and two moments and writes three of them in
@@ -34,11 +34,12 @@ def predict_step(
     kept."""
     forward, backward = both
     links = Links(weights.shards, layout.dp_replicate)
-    shard = sum(unit.shard for unit in weights.units if unit.trains) // weights.wide
+    shard = sum(unit.shard for unit in weights.units) // weights.wide
     optimizer = [Kernel("memory", 0, shard * (ADAMW + AVERAGE * average))]
     if parallel.optimizer_state == "host":  # on the computing stream, there, updated, and back
         optimizer.append(Kernel(HOST_COPY, 0, 2 * len(AdamW.KEYS) * 4 * shard))
-    kept = sum(unit.kind in KEPT for unit in weights.units) / max(1, len(_blocks(weights)))
+    kinds = [part.kind for part in blocks(weights)]
+    kept = sum(kind in KEPT for kind in kinds) / max(1, len(kinds))
     return simulate(
         clock,
         forward,
@@ -52,7 +53,7 @@ def predict_step(
 
 
 def stages(weights: Weights, counts: dict[str, Counts], layout: Layout) -> tuple[list[Stage], list[Stage]]:
-    """(forward, backward) of one micro-batch, in the order in which they run."""
+    """(forward, backward) of one micro-batch, a stage for each unit, in the order in which they run."""
     rest = next(iter(counts.values()))[REST]
     forward, backward = [], []
     kernels: dict[int, list[Kernel]] = {}  # of a pass, which all layers of a kind share
@@ -65,26 +66,25 @@ def stages(weights: Weights, counts: dict[str, Counts], layout: Layout) -> tuple
     nothing = Pass()
     for place, unit in enumerate(weights.units):
         last = place == len(weights.units) - 1
-        passes = _passes(unit, counts)
-        there = passes[0] if passes else rest.forward if place == 0 else nothing
-        back = passes[1] if passes else rest.backward if last else nothing
-        repeated = unit.kind != "none"
-        forward.append(Stage(unit.name, kernels_of(there), _exchanges(there, layout), unit.gathered))
+        there, back, sent, returned = list[Kernel](), list[Kernel](), list[Exchange](), list[Exchange]()
+        for part in unit.parts:
+            passes = _passes(part, counts)
+            first = passes[0] if passes else rest.forward if place == 0 else nothing
+            second = passes[1] if passes else rest.backward if last else nothing
+            there += kernels_of(first)
+            back += kernels_of(second)
+            sent += _exchanges(first, layout)
+            returned += _exchanges(second, layout, first.sent["ring"] * (1 + (part.kind != "none")))
+        forward.append(Stage(unit.name, there, sent, unit.gathered))
         if unit.passed:
-            reduced = unit.reduced if unit.trains else 0
-            sent = _exchanges(back, layout, there.sent["ring"] * (1 + repeated))
-            backward.append(Stage(unit.name, kernels_of(back), sent, unit.gathered, reduced))
+            backward.append(Stage(unit.name, back, returned, unit.gathered, unit.reduced))
     return forward, backward[::-1]
 
 
-def _blocks(weights: Weights) -> list[UnitWeights]:
-    return [unit for unit in weights.units if unit.shape != REST]
-
-
-def _passes(unit: UnitWeights, counts: dict[str, Counts]) -> tuple[Pass, Pass] | None:
-    if unit.shape == REST:
+def _passes(part: UnitPart, counts: dict[str, Counts]) -> tuple[Pass, Pass] | None:
+    if part.shape == REST:
         return None
-    one = counts[unit.kind][unit.shape]
+    one = counts[part.kind][part.shape]
     return one.forward, one.backward
 
 

@@ -1,9 +1,10 @@
 """Seconds of a step: kernels at a GPU's rates, and an event simulation of FSDP2's streams.
 
-A rank has three streams. Units compute one after the other; a unit's weights are gathered while the one before it
-computes; its gradients are reduced while the next one computes. FSDP2's rules, as torch 2.11 has them:
+A rank has three streams. Units compute one after the other; a unit's weights are gathered while those before it
+compute; its gradients are reduced while the next one computes. FSDP2's rules, as torch 2.11 has them:
 
-- the gather of a unit is issued when the unit before it begins, and waits until its own buffer was copied out;
+- the gathers of the AHEAD units that follow a unit are issued when it begins, once its own weights were copied out, and
+  run one after the other (train/parallel/parallelize.py);
 - a reduction is issued when its unit's backward has ended; the computing stream waits for the one before it first;
 - exchanges of sequence parallelism lie on the computing stream, which waits for them.
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from train.monitor.kernel_kinds import KERNEL_KINDS
+from train.parallel.parts import AHEAD
 from train.plan.gpu import GpuConfig, Rates
 
 HOST_COPY = "host copy"  # between a GPU and the memory of its host
@@ -178,8 +180,7 @@ def simulate(
         reduces = not reduced_last or number == micro_batches - 1
         for stages, is_backward in ((forward, False), (backward, True)):
             for place, stage in enumerate(stages):
-                following = stages[place + 1] if place + 1 < len(stages) else None
-                streams.run(stage, following, reduces and is_backward)
+                streams.run(stage, stages[place + 1 : place + 1 + AHEAD], reduces and is_backward)
     streams.finish(after)
     launches = streams.launches
     host = launches * clock.rates.host_us * 1e-6 * host_factor
@@ -202,14 +203,14 @@ class _Streams:
         self.spans: list[Span] = []
         self.launches = 0
 
-    def run(self, stage: Stage, following: Stage | None, reduces: bool) -> None:
+    def run(self, stage: Stage, following: Sequence[Stage], reduces: bool) -> None:
         self._issue_gather(stage)
         self._wait(self._gathered.pop(stage.name, self.now), "waiting for weights")
         begin = self.now
         if stage.gather:
             self._kernel(Kernel("memory", 0, 2 * stage.gather), "FSDP copies")
-        if following is not None:
-            self._issue_gather(following)  # its buffer is free since the copy
+        for one in following:
+            self._issue_gather(one)
         for kernel in stage.kernels:
             self.launches += kernel.times
             self._kernel(kernel, kernel.kind)

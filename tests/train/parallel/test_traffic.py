@@ -82,8 +82,7 @@ def test_the_table_says_who_shares_what(counted):
 
 def test_each_unit_of_the_active_expert_is_gathered_once_in_forward_and_once_in_backward(counted):
     """Twice in all, whatever is fetched ahead; the idle expert never."""
-    tower, bridge = 2 + 2 + 1, 2 * 1  # stem, time path, blocks (2 of video, 1 of audio), head; both directions
-    units = tower + (tower - 1) + bridge
+    units = 2 * (2 + 1) + 2 + 1  # stem, time path and head of each tower; video blocks; audio block and Bridge as one
     assert counted["fsdp"][0]["metrics"]["perf/comm/fsdp/all_gather_calls"] == 2 * units + 1  # the root, once
 
 

@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.train.planned import CLIPS_A_STEP, config_of, cpu_sheet, plan_case, run_case
 from bench.train.simulate import LAYOUTS, Simulation
 from tests.distributed import run_cases
+from tests.train.cases import reference_model, tiny_config
 from train.config import TrainConfig, compose_train
+from train.parallel.mesh import ParallelConfig
+from train.parallel.parts import freeze
+from train.parallel.recompute import units
 from train.plan.gpu import GpuConfig
-from train.plan.plan import KnownCounts, plan_run
+from train.plan.memory import Weights
+from train.plan.plan import KnownCounts, plan_run, simulated_layout
 from train.plan.question import ClipSize, Question
 
 RECORDED = json.loads((Path(__file__).parents[3] / "bench" / "results" / "simulate.json").read_text())
@@ -85,6 +91,26 @@ def test_real_steps_hold_send_and_compute_what_was_planned(name: str, real: dict
     assert planned["sent"].keys() == found["sent"].keys()
     for axis, size in found["sent"].items():
         assert 0 <= size - planned["sent"][axis] < 100, axis  # sums of single numbers, which are left out
+
+
+def test_what_runs_beside_a_video_block_is_one_unit() -> None:
+    """Bytes by hand, of 4 ranks that split rows: gathered in bfloat16, what learns reduced in float32."""
+    model = reference_model(tiny_config(3), torch.float32)
+    freeze(model, {"video_dit", "dual_tower_bridge"})
+    parallel = ParallelConfig(compute_dtype="bfloat16")
+    with simulated_layout(parallel, 4) as layout:
+        weights = Weights(model, parallel, layout, ["none"] * len(units(model)), False)
+    sizes = {
+        part: sum(-(-p.shape[0] // 4) * 4 * p[0].numel() for n, p in model.named_parameters() if n.startswith(part))
+        for part in ("dual_tower_bridge.", "audio_dit.blocks.", "video_dit.blocks.0.", "video_dit.time_")
+    }
+    bridge, audio, video, time = sizes.values()
+    assert [len(unit.parts) for unit in weights.units] == [1, 1, 1, 1, 3, 1, 1, 1, 1]  # joined: what stems hold
+    small, block, exact = weights.units[4], weights.units[5], weights.units[1]
+    assert [part.shape for part in small.parts] == ["to_video", "to_audio", "audio"]
+    assert (small.gathered, small.reduced, small.shard) == (2 * (bridge + audio), 4 * bridge, bridge)
+    assert (block.gathered, block.reduced, block.shard) == (2 * video, 4 * video, video)
+    assert exact.gathered == exact.reduced == 4 * time and weights.units[3].reduced == 0  # audio's time path
 
 
 def test_a_cpu_has_no_margin_and_a_gpu_has_the_assumed_one() -> None:

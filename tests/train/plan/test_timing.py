@@ -64,7 +64,7 @@ def test_gathers_and_replicas() -> None:
     assert clock.replicate(GB, Links(8, 4)) == pytest.approx(2 * 3 / 4 / 10)  # a tenth of a node's network a rank
 
 
-def test_a_gather_hides_behind_the_unit_before_it_and_no_longer() -> None:
+def test_a_gather_hides_behind_the_two_units_before_it_and_no_longer() -> None:
     clock, links = Clock(sheet()), Links(8, 1)
     size = int(GB * 8 / 7)  # 10 ms to gather, 2.3 ms to copy out
     copy = 2 * size / 1e12
@@ -74,7 +74,20 @@ def test_a_gather_hides_behind_the_unit_before_it_and_no_longer() -> None:
     assert found.parts["waiting for weights"] == pytest.approx(0.010, rel=1e-3)
     short = [Stage(name, products(4), gather=size) for name in "abc"]
     waits = simulate(clock, short, [], links)
-    assert waits.device == pytest.approx(0.010 + copy + 2 * (0.010 + copy) + 0.004, rel=1e-3)
+    # b and c are gathered one after the other from the begin of a on: c is there 20 ms later, then copied and used.
+    assert waits.device == pytest.approx(0.010 + copy + 2 * 0.010 + copy + 0.004, rel=1e-3)
+    large, small = (Stage("", products(ms), gather=size * ms // 20) for ms in (20, 2))  # 10 and 1 ms to gather
+    stages = [dataclasses.replace(one, name=name) for one, name in ((large, "a"), (small, "b"), (large, "c"))]
+    for both in ((stages, []), ([], stages)):  # c's 10 ms do not fit behind b, but behind a and b
+        found = simulate(clock, *both, links)
+        assert found.parts["waiting for weights"] == pytest.approx(0.010, rel=1e-3)
+
+
+def test_a_large_unit_is_not_fetched_three_ahead() -> None:
+    clock, links = Clock(sheet()), Links(8, 1)
+    size = int(GB * 8 / 7)
+    stages = [Stage("a", products(20)), Stage("b", products(2)), Stage("c", products(2)), Stage("d", [], gather=size)]
+    assert simulate(clock, stages, [], links).parts["waiting for weights"] == pytest.approx(0.010 - 0.004, rel=1e-3)
 
 
 def test_a_reduction_hides_behind_the_next_unit_and_the_last_is_waited_for() -> None:
