@@ -125,7 +125,7 @@ class Table:
 
     def budget(self, name: str, whole: bool) -> Question:
         """With the largest budget that fits: by what a plan leaves over, or lacks."""
-        best = asked = self.question(name, "selective", whole=whole)
+        best = asked = self.question(name, "attention", whole=whole)
         tried: set[float | None] = set()
         for _ in range(ROUNDS):
             plan = plan_run(asked, self.counted(name))

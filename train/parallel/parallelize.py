@@ -160,7 +160,7 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
     parameters as they are.
 
     A unit's weights are gathered, and its gradients reduced, while others compute. The reduction of a video block takes
-    longer than a Bridge direction or an audio block computes: together they hide it.
+    longer than a Bridge direction or an audio block computes: together they nearly hide it.
     """
     if layout.alone:
         return
@@ -224,8 +224,8 @@ def _gather_in_order(
 ) -> None:
     """Let every unit gather the AHEAD units that follow it, in this forward and in its backward.
 
-    A video block is large, and a layer's small modules compute for a shorter time than its gather takes: begun two
-    units earlier, it hides behind the video block before. The order depends on the expert, on what is given and on what
+    A video block is large: its gather takes about as long as the small modules before it compute. Begun two units
+    earlier, it hides behind the video block before. The order depends on the expert, on what is given and on what
     trains, so it is set anew each time: FSDP's own order in backward would be one unit ahead, and gather also what no
     gradient passes through.
     """
