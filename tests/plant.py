@@ -16,6 +16,7 @@ from tests.faults.first_day import FIRST_DAY
 from tests.faults.planning import PLAN
 from tests.faults.sequence import SHARED_TOKENS
 from tests.faults.training import FUSED, GUARD, LOOP, MODEL, OBJECTIVE, PARITY, SAMPLER, STOP
+from tests.faults.units import UNITS
 from tests.faults.weights import ENCODERS, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ FAULTS = (
     | ENCODERS
     | PLAN
     | SHARED_TOKENS
+    | UNITS
 )
 
 
