@@ -24,7 +24,7 @@ from model.joint import JointConfig, JointTransformer
 from model.tower import Tower
 from train.parallel.float8 import convert_linears
 from train.parallel.mesh import DTYPES, Layout, ParallelConfig
-from train.parallel.parts import AHEAD, ALL, forward_order, freeze, in_backward, small_modules
+from train.parallel.parts import AHEAD, ALL, forward_order, freeze, in_backward, small_units
 from train.parallel.recompute import choose_kinds, recompute_activations, shape_of, units
 from train.parallel.sequence.cores import shard_sequence
 from train.parallel.workload import Workload
@@ -154,10 +154,10 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
     """FSDP2 (HSDP with dp_replicate > 1) units in the order in which a step meets them.
 
     Units are the stem, the time path, each video block, what runs beside it in its layer (both Bridge directions and
-    the audio block), and each head: the joint model calls these, not whole towers, and an expert that is idle is then
-    neither gathered nor reduced. Inputs are never cast by FSDP: timesteps must stay exact and tables float32, so
-    modules cast for themselves. The time path computes in float32. A rank alone that casts nothing keeps its
-    parameters as they are.
+    the audio block, unless sound learns beside a frozen Bridge), and each head: the joint model calls these, not whole
+    towers, and an expert that is idle is then neither gathered nor reduced. Inputs are never cast by FSDP: timesteps
+    must stay exact and tables float32, so modules cast for themselves. The time path computes in float32. A rank alone
+    that casts nothing keeps its parameters as they are.
 
     A unit's weights are gathered, and its gradients reduced, while others compute. The reduction of a video block takes
     longer than a Bridge direction or an audio block computes: together they nearly hide it.
@@ -183,9 +183,9 @@ def shard_model(model: JointTransformer, parallel: ParallelConfig, layout: Layou
             unit(block)
     together = []
     for layer in range(model.config.audio.num_layers):
-        modules = [*small_modules(model, layer)]
-        unit(modules)
-        together += [_Together(modules)] * (len(modules) > 1)
+        for modules in small_units(model, layer):
+            unit([*modules])
+            together += [_Together(modules)] * (len(modules) > 1)
     unit(model)  # the root: what is left is the Bridge's condition scale, where a config has one
     model.register_forward_pre_hook(partial(_gather_in_order, together), with_kwargs=True)
 

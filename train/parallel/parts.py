@@ -17,6 +17,7 @@ from torch import nn
 
 from core.errors import RunError
 from core.ranges import bounded
+from model.bridge import Conditioner
 from model.joint import JointTransformer
 
 GROUPS = {"video_dit": "video_high", "video_dit_2": "video_low", "audio_dit": "audio", "dual_tower_bridge": "bridge"}
@@ -123,11 +124,11 @@ def forward_order(model: JointTransformer, expert: str, video: bool, audio: bool
             yield Unit((part.patch_embedding, part.text_embedding), none, stream)
             yield Unit((part.time_embedding, part.time_projection), none, stream)
     for i in range(model.config.video.num_layers):
-        small = small_modules(model, i)
-        if video and audio and len(small) > 1:
-            yield Unit(small, seen | heard, seen | heard)
-        elif audio and small:
-            yield Unit(small[-1:], heard, heard)
+        for modules in small_units(model, i) if audio else ():
+            running = modules if video else tuple(one for one in modules if not isinstance(one, Conditioner))
+            if running:
+                streams = seen | heard if isinstance(running[0], Conditioner) else heard
+                yield Unit(running, streams, streams)
         if video:
             yield Unit((tower.blocks[i],), seen, seen)
     if video:
@@ -136,15 +137,23 @@ def forward_order(model: JointTransformer, expert: str, video: bool, audio: bool
         yield Unit((model.audio_dit.head,), heard, none)
 
 
-def small_modules(model: JointTransformer, layer: int) -> tuple[nn.Module, ...]:
+def small_units(model: JointTransformer, layer: int) -> list[tuple[nn.Module, ...]]:
     """What runs in a layer beside the video block, in order: both Bridge directions, if the towers meet there, and the
-    audio block, if audio is that deep."""
-    bridge, found = model.dual_tower_bridge, list[nn.Module]()
+    audio block, if audio is that deep. They are one unit, except where sound learns beside a frozen Bridge: it may
+    learn alone, and the Bridge would be gathered for nothing."""
+    bridge, key = model.dual_tower_bridge, str(layer)
+    pair: tuple[nn.Module, ...] = ()
     if layer in bridge.layers:
-        found += [bridge.audio_to_video_conditioners[str(layer)], bridge.video_to_audio_conditioners[str(layer)]]
-    if layer < model.config.audio.num_layers:
-        found.append(model.audio_dit.blocks[layer])
-    return tuple(found)
+        pair = bridge.audio_to_video_conditioners[key], bridge.video_to_audio_conditioners[key]
+    block = (model.audio_dit.blocks[layer],) if layer < model.config.audio.num_layers else ()
+    if pair and block and (learns(pair[0]) or not learns(block[0])):
+        return [pair + block]
+    return [modules for modules in (pair, block) if modules]
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether its weights train: all parameters of a module belong to one part."""
+    return next(module.parameters()).requires_grad
 
 
 def in_backward(order: Sequence[Unit]) -> list[bool]:
@@ -152,9 +161,7 @@ def in_backward(order: Sequence[Unit]) -> list[bool]:
     carried: set[str] = set()
     found = []
     for unit in order:
-        # All parameters of a module belong to one part.
-        learns = any(next(module.parameters()).requires_grad for module in unit.modules)
-        takes_part = learns or bool(unit.reads & carried)
+        takes_part = any(map(learns, unit.modules)) or bool(unit.reads & carried)
         carried |= unit.writes if takes_part else set()
         found.append(takes_part)
     return found

@@ -74,7 +74,7 @@ def stages(weights: Weights, counts: dict[str, Counts], layout: Layout) -> tuple
             there += kernels_of(first)
             back += kernels_of(second)
             sent += _exchanges(first, layout)
-            returned += _exchanges(second, layout, first.sent["ring"] * (1 + (part.kind != "none")))
+            returned += _exchanges(second, layout, first.sent["ring"] * (1 + (part.kind == "full")))
         forward.append(Stage(unit.name, there, sent, unit.gathered))
         if unit.passed:
             backward.append(Stage(unit.name, back, returned, unit.gathered, unit.reduced))

@@ -37,6 +37,11 @@ CONTENT = {
     "head v": {"video_dit.head"},
     "head a": {"audio_dit.head"},
 }
+APART = {  # where the sound of a layer learns beside a frozen Bridge
+    **{name: content for name, content in CONTENT.items() if name not in ("small 0", "small 2")},
+    **{f"bridge {i}": {f"{TO_VIDEO}.{i}", f"{TO_AUDIO}.{i}"} for i in (0, 2)},
+    **{f"sound {i}": {f"audio_dit.blocks.{i}"} for i in (0, 2)},
+}
 SCALE = "dual_tower_bridge.condition_scale"  # of the root, which is gathered first and stays
 ORDER = {  # in which a forward of each kind of clip meets them
     "both": "stem v, time v, stem a, time a, small 0, video 0, small 1, video 1, small 2, video 2, video 3, head v, "
@@ -76,21 +81,21 @@ def module_of(name: str) -> str:
     return ".".join(parts[: 3 if parts[1] == "blocks" or parts[1].endswith("conditioners") else 2])
 
 
-def unit_of(modules: set[str]) -> str:
-    """The unit that holds just these modules, of either expert."""
+def unit_of(modules: set[str], units: dict[str, set[str]]) -> str:
+    """Of `units`, that which holds just these modules, of either expert."""
     modules = {module.replace("video_dit_2", "video_dit") for module in modules}
-    return next((unit for unit, content in CONTENT.items() if content == modules), str(sorted(modules)))
+    return next((unit for unit, content in units.items() if content == modules), str(sorted(modules)))
 
 
 @contextmanager
-def recorded(model: Any) -> Iterator[list[tuple[str, Any]]]:
+def recorded(model: Any, units: dict[str, set[str]] = CONTENT) -> Iterator[list[tuple[str, Any]]]:
     """("gather", unit) and ("reduce", modules) as they are issued, ("run" or "back", unit) as its first, or last,
     module computes."""
     events: list[tuple[str, Any]] = []
     gather, reduce = _fsdp_param_group.foreach_all_gather, _fsdp_param_group.foreach_reduce
 
     def gathering(given: Any, *rest: Any) -> Any:
-        events.append(("gather", unit_of({module_of(one._param_fqn) for one in given})))
+        events.append(("gather", unit_of({module_of(one._param_fqn) for one in given}, units)))
         return gather(given, *rest)
 
     def reducing(given: Any, *rest: Any) -> Any:
@@ -98,7 +103,7 @@ def recorded(model: Any) -> Iterator[list[tuple[str, Any]]]:
         return reduce(given, *rest)
 
     def watch(name: str, module: torch.nn.Module) -> list[Any]:
-        unit = next((unit for unit, held in CONTENT.items() if name.replace("dit_2", "dit") in held), None)
+        unit = next((unit for unit, held in units.items() if name.replace("dit_2", "dit") in held), None)
         if unit is None:
             return []
 
@@ -161,7 +166,7 @@ def a_step(kind: str, given: str) -> dict[str, Any]:
 
 def of_frozen(trained: set[str]) -> dict[str, Any]:
     model, layout, plain = make(trained)
-    with recorded(model) as events:
+    with recorded(model, APART if trained == {"audio_dit"} else CONTENT) as events:
         return {"gradient": step(model, layout, plain, 0, "both", "high"), "events": events}
 
 
@@ -274,8 +279,15 @@ def test_what_took_part_is_reduced_once(ranks: Any, kind: str, given: str) -> No
 
 @pytest.mark.parametrize("trained", ["bridge", "audio"])
 def test_what_is_frozen_is_gathered_again_only_for_what_learns(ranks: Any, trained: str) -> None:
-    order = ORDER["both"].split(", ")
+    order, units = ORDER["both"].split(", "), CONTENT
     tower, begins = {"bridge": ("dual_tower_bridge", "small 0"), "audio": ("audio_dit", "stem a")}[trained]
+    if trained == "audio":
+        units = APART
+        order = [
+            part
+            for unit in order
+            for part in ([unit] if unit in APART else [f"bridge {unit[-1]}", f"sound {unit[-1]}"])
+        ]
     met = order[order.index(begins) :]
     for result in ranks[trained]:
         assert result["gradient"][0] <= 1e-10
@@ -283,7 +295,7 @@ def test_what_is_frozen_is_gathered_again_only_for_what_learns(ranks: Any, train
         assert there[1:] == expected(order, back=False)
         assert [unit for what, unit in back if what == "gather"] == met[::-1]
         reduced = [content for what, content in result["events"] if what == "reduce"]
-        learns = [{module for module in CONTENT[unit] if module.startswith(tower)} for unit in met]
+        learns = [{module for module in units[unit] if module.startswith(tower)} for unit in met]
         assert sorted(map(sorted, reduced)) == sorted(
             sorted(content) for content in [*learns, {SCALE} if trained == "bridge" else set()] if content
         )
