@@ -121,7 +121,7 @@ METRICS = (
     ),
     Metric(
         ("perf/eager_units",),
-        "blocks and Bridge directions that torch.compile leaves in eager mode ([parallelism](parallelism.md))",
+        "blocks and Bridge directions without a compiled graph ([parallelism](parallelism.md))",
         "every step with `parallel.compile`",
     ),
     Metric(
