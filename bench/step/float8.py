@@ -34,7 +34,7 @@ RUNS = {  # settings of parallel, colour
     "float32": (("compute_dtype=float32",), "#999999"),
 }
 PLAIN = "bfloat16"  # what the others are compared with
-WINDOW = 10  # steps whose mean loss is compared
+WINDOW = 20  # steps whose mean loss is compared
 LOSSES = ("train/loss_video", "train/loss_audio")
 
 
@@ -67,7 +67,7 @@ def train_all(bench: Float8Bench) -> dict[str, list[dict[str, Any]]]:
     every = max(1, bench.steps // 3)
     for name, (settings, _) in RUNS.items():
         metrics = place / "runs" / name / "metrics.jsonl"
-        if not metrics.exists() or len(read(metrics)) < bench.steps:
+        if not metrics.exists() or sum("train/loss" in one for one in read(metrics)) < bench.steps:
             _mova(
                 "train", "experiment=sync", f"data.path={place / 'train'}", f"data.valid_path={place / 'valid'}",
                 f"run.root={place / 'runs'}", f"run.id={name}", f"seed={bench.seed}", f"steps={bench.steps}",
@@ -79,8 +79,8 @@ def train_all(bench: Float8Bench) -> dict[str, list[dict[str, Any]]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's steps."""
-    return [record for line in path.read_text().splitlines() if "train/loss" in (record := json.loads(line))]
+    """The records of a run's steps and validations."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def windows(records: list[dict[str, Any]], key: str) -> list[float]:
