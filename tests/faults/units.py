@@ -14,14 +14,14 @@ UNITS = {
         _PLACE, "if self._awaited:  # else FSDP2 has done so", "if False:", _UNITS,
     ),
     "an audio block is a unit of its own": (
-        _PLACE, "        unit(modules)\n        together", "        unit(modules[-1])\n        together", _UNITS,
+        "train/parallel/parts.py", "return [pair + block]", "return [pair, block]", _UNITS,
     ),
     "backward in FSDP2's own order": (
         _PLACE, "set_modules_to_backward_prefetch(following or [unit])", "set_modules_to_backward_prefetch([])", _UNITS,
     ),
     "units are fetched one ahead": ("train/parallel/parts.py", "AHEAD = 2 ", "AHEAD = 1 ", _UNITS),
     "a frozen unit is gathered in backward": (
-        "train/parallel/parts.py", "takes_part = learns or bool(unit.reads & carried)", "takes_part = True", _UNITS,
+        "train/parallel/parts.py", "takes_part = any(map(learns, unit.modules)) or", "takes_part = True or", _UNITS,
     ),
     "a plan fetches one unit ahead": (
         "train/plan/timing.py", "stages[place + 1 : place + 1 + AHEAD]", "stages[place + 1 : place + 2]",
