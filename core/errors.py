@@ -25,9 +25,14 @@ the same submission came before (0: a user has just started the run).
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import socket
+import sys
+import threading
+from contextlib import suppress
+from typing import NoReturn
 
 from core.secrets import without_secrets
 
@@ -163,3 +168,24 @@ def lost_peer(error: BaseException) -> bool:
 
     words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "timed out waiting", "store")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with this status, once its threads have ended and its exit handlers have run.
+
+    The interpreter is not finalized: a thread of a library (gloo, Arrow, a decoder) that needs it at that moment would
+    abort the process, which then ends by SIGABRT whatever its status is.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does before it is finalized
+    atexit._run_exitfuncs()
+    try:
+        if sys.stdout is not None:  # it was closed when the program began
+            sys.stdout.flush()
+    except (OSError, ValueError) as error:  # a full disk, a pipe that nobody reads; closed meanwhile
+        status = status or EXIT_FAILED
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            with suppress(OSError):
+                print(f"error: standard output: {error.strerror}", file=sys.stderr)
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+    os._exit(status)

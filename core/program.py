@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from core.compose import Composed, Schema, compose
-from core.errors import EXIT_FAILED, EXIT_OK, UserError, in_one_line, status_of
+from core.errors import EXIT_FAILED, EXIT_OK, UserError, end_process, in_one_line, status_of
 from core.help import describe
 from core.secrets import without_secrets
 from core.typed import write_text
@@ -59,10 +59,19 @@ class Command:
     failed: int | None = None  # the exit status of every error, where it is not the error's own
 
     def start(self) -> NoReturn:
-        """Run with the arguments of this process, then exit."""
+        """Run with the arguments of this process, then end it."""
+        try:
+            status = self.begin()
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            status = EXIT_FAILED
+        end_process(status)
+
+    def begin(self) -> int:
+        """As `start`, but returns the exit status: for a caller that ends the process itself."""
         if self.before is not None:
             self.before()
-        sys.exit(self.run(sys.argv[1:]))
+        return self.run(sys.argv[1:])
 
     def run(self, arguments: Sequence[str]) -> int:
         """Run with these arguments; returns the exit status. Errors other than a user's are raised."""

@@ -125,9 +125,7 @@ def _run_rank(
             ctypes.CDLL(None).prctl(NAME, f"rank {rank}".encode(), 0, 0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, KILL))
         follow_parent(parent)
-        program.start()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        status = program.begin()
     except BaseException:
         traceback.print_exc()
     finally:  # immediately: what follows in the caller is not for a rank

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from core.durable import write_atomically
-from core.errors import EXIT_FAILED, EXIT_RETRY, RunError, restarted
+from core.errors import EXIT_FAILED, EXIT_RETRY, RunError, end_process, restarted
 from core.ranges import bounded
 from core.run_dir import RunDir
 from launch.slurm.inputs import missing_inputs
@@ -290,4 +290,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -200,6 +200,56 @@ def test_a_full_log_disk_does_not_end_the_launcher(tmp_path: Path) -> None:
     assert done.returncode == EXIT_FAILED, "120 and a traceback where printing raises"
 
 
+ENDING = """
+import atexit, ctypes, sys, threading, time
+from core.errors import UserError
+from core.program import Command
+
+def act(arguments):
+    late = threading.Thread(target=lambda: (time.sleep(0.3), print("the thread's")))
+    late.start()
+    atexit.register(lambda: print("the handler's"))
+    # As a C++ thread that the interpreter's finalization meets: gloo, Arrow, decoders.
+    ctypes.pythonapi.Py_AtExit(ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p))
+    if arguments[0] == "error":
+        raise UserError("no such run")
+    if arguments[0] == "fault":
+        raise ZeroDivisionError("of the program")
+    return int(arguments[0])
+
+Command("x", "", act).start()
+"""
+
+
+def ended(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    command = [sys.executable, "-c", ENDING, *arguments]
+    more = {"stdout": subprocess.PIPE, **more}
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=60, **more)
+
+
+def test_a_thread_of_a_library_at_the_end_does_not_change_the_exit_status() -> None:
+    for argument, status, said in (
+        ("0", EXIT_OK, ""), ("7", 7, ""), ("error", EXIT_FAILED, "error: no such run\n"),
+        ("fault", EXIT_FAILED, "ZeroDivisionError: of the program\n"),
+    ):  # fmt: skip
+        done = ended(argument)
+        assert (done.returncode, done.stdout) == (status, "the thread's\nthe handler's\n"), done
+        assert done.stderr == said or (argument == "fault" and done.stderr.endswith(said)), done.stderr
+
+
+def test_what_cannot_be_printed_at_the_end_is_a_failure() -> None:
+    with open("/dev/full", "w") as full:
+        done = ended("0", stdout=full)
+    assert done.returncode == EXIT_FAILED and done.stderr == "error: standard output: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = ended("0", stdout=writer)
+    os.close(writer)
+    assert done.returncode == EXIT_FAILED and done.stderr == ""
+
+
 def test_the_overview_and_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert mova.main(["--help"]) == EXIT_OK
     lines = capsys.readouterr().out.splitlines()

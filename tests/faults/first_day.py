@@ -19,6 +19,10 @@ FIRST_DAY = {
         "launch/slurm/job.py", 'state not in ("RUNNING", "")', 'state != "RUNNING"',
         ["tests/launch/test_attempts.py", "-k", "nobody_knows"],
     ),
+    "programs end by the interpreter's finalization": (
+        "core/program.py", "        end_process(status)\n", "        sys.exit(status)\n",
+        ["tests/core/test_programs.py", "-k", "at_the_end"],
+    ),
     "SLURM is asked once": (
         "launch/slurm/clean.sh", '&& [ -n "$answer" ] && break', "; break",
         ["tests/launch/test_attempts.py", "-k", "until_it_answers"],
