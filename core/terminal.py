@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -20,6 +21,8 @@ def print_without_fail(*names: str) -> None:
         stream = getattr(sys, name)
         if stream is None:  # it was closed when the program began
             continue
+        with suppress(OSError):  # what was printed before: a process that ends by os._exit would lose it
+            stream.flush()
         raw = _Outlet(stream.fileno(), "wb", closefd=False)
         lasting = io.TextIOWrapper(
             io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True, write_through=True

@@ -239,6 +239,22 @@ def test_a_thread_of_a_library_at_the_end_does_not_change_the_exit_status() -> N
         assert done.stderr == said or (argument == "fault" and done.stderr.endswith(said)), done.stderr
 
 
+def test_what_was_printed_before_printing_was_made_safe_is_not_lost() -> None:
+    program = """
+import os, sys
+from core.terminal import print_without_fail
+print("before")
+print_without_fail("stdout", "stderr")
+print("after")
+sys.stdout.flush()
+os._exit(0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "before\nafter\n", done
+
+
 def test_what_cannot_be_printed_at_the_end_is_a_failure() -> None:
     with open("/dev/full", "w") as full:
         done = ended("0", stdout=full)

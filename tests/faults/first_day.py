@@ -23,6 +23,10 @@ FIRST_DAY = {
         "core/program.py", "        end_process(status)\n", "        sys.exit(status)\n",
         ["tests/core/test_programs.py", "-k", "at_the_end"],
     ),
+    "what was printed is lost with the stream it was printed on": (
+        "core/terminal.py", "            stream.flush()\n", "            pass\n",
+        ["tests/core/test_programs.py", "-k", "not_lost"],
+    ),
     "SLURM is asked once": (
         "launch/slurm/clean.sh", '&& [ -n "$answer" ] && break', "; break",
         ["tests/launch/test_attempts.py", "-k", "until_it_answers"],
