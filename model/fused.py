@@ -30,12 +30,14 @@ def turn_formula(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
     """`turn_pairs` by its definition."""
     turned = 2 * cos.shape[-1]
     head, rest = x[..., :turned], x[..., turned:]
-    head = head.to(torch.promote_types(x.dtype, cos.dtype))
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]  # [1, L, 1, R/2]
-    a, b = head.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else head.chunk(2, dim=-1)
-    first, second = a * cos - b * sin, a * sin + b * cos
+    # To the wider dtype and back behind the split and before the join: a compiler writes a tensor that is joined as it
+    # is, in forward and in backward.
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    pair = head.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else head.chunk(2, dim=-1)
+    a, b = (half.to(wide) for half in pair)
+    first, second = (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)
     head = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
-    head = head.to(x.dtype)
     return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
 
 

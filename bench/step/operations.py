@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from core.errors import RunError
+from train.plan.compiled import FUSED
 from train.plan.count import REST, Counts, Pass
 from train.plan.gpu import GpuConfig
 from train.plan.kernels import Op
@@ -150,9 +151,11 @@ def _check_plan(step: Step) -> None:
 
 ALONE = "products and attention at their rates"
 ATTENTION, PRODUCTS, ROPE, EXCHANGE = "attention", "products", "RoPE", "copies around exchanges and merges"
+FUSED_KERNELS = "fused kernels of compiled blocks"
 CATEGORIES = (
     ATTENTION, PRODUCTS, ROPE, "FSDP2 copies", EXCHANGE, "LayerNorm with modulation", "gate and residual",
-    "RMSNorm of q and k", "GELU", "LayerNorm with weights", "bias gradients", "other elementwise work", "optimizer",
+    "RMSNorm of q and k", "GELU", "LayerNorm with weights", "bias gradients", FUSED_KERNELS,
+    "other elementwise work", "optimizer",
 )  # fmt: skip
 
 
@@ -166,6 +169,8 @@ def category(one: Operation) -> str:
         return PRODUCTS
     if fixed := {FSDP: "FSDP2 copies", OPTIMIZER: "optimizer"}.get(line.place):
         return fixed
+    if line.operator.startswith(FUSED):
+        return FUSED_KERNELS
     if file == "model/rope.py" or "turn" in line.function.lower():
         return ROPE
     if file.startswith("train/parallel/"):

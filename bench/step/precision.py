@@ -13,20 +13,20 @@ from train.plan.search import with_layout
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
-    "linear=float8": {"linear": "float8", "compile": "inductor"},
+    "linear=float8": {"linear": "float8"},
     "residual=float32": {"residual": "float32"},
-    "both": {"linear": "float8", "compile": "inductor", "residual": "float32"},
+    "both": {"linear": "float8", "residual": "float32"},
 }
 AIM = 0.51  # MFU with linear=float8 at 360p, at the middle rates
 NOTE = (
-    "One clip on each group of ranks, nothing computed again; the first row is bfloat16 throughout. float8: its rate "
-    "(820, 900, 980 TFLOP/s) has the casts of operands in it, as the study assumes; MFU is of the peak in bfloat16 in "
-    "all rows. The time model knows no compiled blocks, which float8 needs: elementwise work is that of eager mode."
+    "One clip on each group of ranks, nothing checkpointed, compiled blocks; the first row is bfloat16 throughout. "
+    "float8: its rate (820, 900, 980 TFLOP/s) has the casts of operands in it, as the study assumes; MFU is of the "
+    "peak in bfloat16 in all rows."
 )
 
 
 def precisions(base: Question, counted: KnownCounts) -> Iterator[str]:
-    """The table. `base`: the step in bfloat16, one micro-batch."""
+    """The table. `base`: the compiled step in bfloat16, one micro-batch."""
     yield (
         "| precision | low: ms, MFU | middle: ms, MFU | high: ms, MFU | products, ms | elementwise, GB | kept for "
         "backward, GiB | counted peak, GiB | fits |"

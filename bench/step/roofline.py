@@ -105,27 +105,28 @@ class Table:
         """Of the case's model and clips."""
         return self._counted.setdefault(CASES[name].clip, KnownCounts(lines=True))
 
-    def question(self, name: str, kind: str, rate: str = "middle", whole: bool = False) -> Question:
+    def question(self, name: str, kind: str, whole: bool = False, compiled: bool = False) -> Question:
         """A case with this recomputation; `whole`: the experiment's batch, else one clip for each group of ranks."""
         case = CASES[name]
         given = [f"experiment={case.experiment}", "run.id=roofline", "data.path=none"]
         given += [f"parallel.{setting}" for setting in case.settings]
         given += [f"model={self.bench.model}"] * bool(self.bench.model)
+        given += ["parallel.compile=inductor"] * compiled
         config, _ = compose_train([*given, f"parallel.recompute={kind}"])
         if not whole:
             groups = case.world // (config.parallel.ring * config.parallel.ulysses)
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=groups))
-        return Question(config, case.world, 8, self.gpu, case.clip, rate=rate)
+        return Question(config, case.world, 8, self.gpu, case.clip)
 
-    def fitted(self, name: str, whole: bool = False) -> Question:
+    def fitted(self, name: str, compiled: bool = False) -> Question:
         """With as little recomputation as the memory allows: none, or the largest budget that fits."""
         counted = self.counted(name)
-        none = self.question(name, "none", whole=whole)
-        return none if plan_run(none, counted).fits else self.budget(name, whole)
+        none = self.question(name, "none", compiled=compiled)
+        return none if plan_run(none, counted).fits else self.budget(name, False, compiled)
 
-    def budget(self, name: str, whole: bool) -> Question:
+    def budget(self, name: str, whole: bool, compiled: bool = False) -> Question:
         """With the largest budget that fits: by what a plan leaves over, or lacks."""
-        best = asked = self.question(name, "attention", whole=whole)
+        best = asked = self.question(name, "attention", whole, compiled)
         tried: set[float | None] = set()
         for _ in range(ROUNDS):
             plan = plan_run(asked, self.counted(name))
@@ -151,7 +152,8 @@ class Table:
 def words(plan: Plan) -> str:
     """The recomputation of a layout."""
     gib = plan.layout["recompute_gib"]
-    return f"{plan.layout['recompute']}" + (f" {gib:g} GiB" if gib else "")
+    compiled = plan.question.config.parallel.compile != "none"
+    return f"{plan.layout['recompute']}" + (f" {gib:g} GiB" if gib else "") + (", compiled" if compiled else "")
 
 
 def standing(table: Table) -> Iterator[str]:
@@ -172,11 +174,13 @@ def standing(table: Table) -> Iterator[str]:
             chosen = question.config.parallel.recompute
             studied = BEFORE[name] if chosen == "selective" else ""
             earlier = EARLIER_STEPS.get((name, chosen)) or EARLIER_STEPS.get((name, "budget"), "")
+            if question.config.parallel.compile != "none":
+                earlier = ""
             yield f"| {name} | {kind} | {' | '.join(cells)} | {plans[1].hfu:.1%} | {earlier} | {studied} |"
 
 
 def _usual(table: Table, name: str) -> list[Question]:
-    return [table.question(name, "selective"), table.fitted(name)]
+    return [table.question(name, "selective"), table.fitted(name), table.fitted(name, compiled=True)]
 
 
 def categories(step: Step) -> Iterator[str]:
@@ -324,9 +328,12 @@ def page(bench: RooflineBench, command: str) -> str:
     names = bench.cases
     first = FIRST if FIRST in names else names[0]
     steps = {kind: table.step(table.question(first, kind), first) for kind in ("none", "selective", "full")}
-    shown = [(name, table.step(table.fitted(name), name)) for name in names if CASES[name].world == 64]
+    steps["none, compiled"] = table.step(table.question(first, "none", compiled=True), first)
+    of_64 = [name for name in names if CASES[name].world == 64]
+    compiled = [(name, table.step(table.fitted(name, compiled=True), name)) for name in of_64]
+    shown = [*compiled, *((name, table.step(table.fitted(name), name)) for name in of_64)]
     preset = (first, steps["selective"])  # whose memory holds more than one clip's
-    asked = table.question(first, "none")
+    asked = table.question(first, "none", compiled=True)
     differing = differences(find_sheet("h100"))
     agree = "has the same" if not differing else "differs: " + "; ".join(differing)
     parts = [
@@ -338,8 +345,8 @@ def page(bench: RooflineBench, command: str) -> str:
         f"others at the middle: memory {RATES['memory_gb_s'][0]:,}, links of a node {RATES['node_gb_s'][0]}, network "
         f"{RATES['network_gb_s'][0]} GB/s. `conf/gpu/h100.yaml` {agree}",
         f"- before: {STUDY}; and this program at {EARLIER}", "",
-        "## Where it stands", "", WHERE, "", *standing(table), "", *aims(dict(shown)), "",
-        "## Between the bound and the prediction", "", GAP, "", *gaps([preset, *shown]), "",
+        "## Where it stands", "", WHERE, "", *standing(table), "", *aims(dict(compiled)), "",
+        "## Between the bound and the prediction", "", GAP, "", *gaps([*shown, preset]), "",
         f"## Other precisions, {first}", "", NOTE, "", *precisions(asked, table.counted(first)), "",
         f"## Operations, {first}, nothing computed again", "", OPERATIONS, "", *categories(steps["none"]), "",
         f"## The {TOP} lines that move the most bytes", "", LINES, "", *lines(steps["none"]), "",
@@ -351,8 +358,9 @@ def page(bench: RooflineBench, command: str) -> str:
 
 
 WHERE = (
-    "One clip on each group of ranks, in eager mode: the time model knows no compiled blocks. The second row of a "
-    "layout recomputes as little as its memory allows."
+    "One clip on each group of ranks. The second row of a layout recomputes as little as its memory allows, and so "
+    "does the third, with compiled blocks: kernels that inductor's backend for CPUs fuses, which stand for Triton's "
+    "here, and calls of others (train/plan/compiled.py)."
 )
 GAP = (
     "At the middle rates, of the preset and of as little recomputation as the memory allows. The first row alone is "
@@ -368,7 +376,8 @@ LINES = (
     "is written in the project."
 )
 HOST = (
-    "By counting: kernels and collectives times 7 us. FSDP2's and the optimizer's own launches are not among them. A "
+    "By counting: kernels and collectives times 7 us; of compiled blocks, fused kernels of inductor's backend for CPUs "
+    "and calls of others. FSDP2's and the optimizer's own launches are not among them. In eager mode a "
     f"kernel of selective takes {SELECTIVE_HOST:g} times as long, measured on a CPU ([host.md](host.md)), which is not "
     "in this table."
 )

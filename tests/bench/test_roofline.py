@@ -9,7 +9,7 @@ import pytest
 
 from bench.step import operations
 from bench.step.before import AIMS, BEFORE, BEFORE_BYTES, RATES
-from bench.step.operations import CATEGORIES, Step, category, check_sums, gap
+from bench.step.operations import CATEGORIES, FUSED_KERNELS, Step, category, check_sums, gap
 from bench.step.roofline import CASES, FIRST, RooflineBench, Table, by_kind, categories, differences, host, lines
 from core.errors import RunError
 from train.plan.question import find_sheet
@@ -55,6 +55,16 @@ def test_tables_lose_nothing(step: Step) -> None:
     assert [*host({"selective": step})][2].split("|")[3].strip() == "1.00"
 
 
+def test_a_compiled_step_has_the_same_products_and_other_kernels_around_them(step: Step) -> None:
+    own = Table(RooflineBench([FIRST], model="tiny"))
+    compiled = own.step(own.question(FIRST, "none", compiled=True), FIRST)  # checks that its operations sum up
+    ours, theirs = gap(compiled), gap(step)
+    alone = "products and attention at their rates"
+    assert ours[alone] == pytest.approx(theirs[alone]) and FUSED_KERNELS not in theirs
+    assert ours[FUSED_KERNELS] > 0 and sum(ours.values()) < sum(theirs.values())
+    assert compiled.launches < step.launches
+
+
 def test_a_lost_line_is_an_error(table: Table, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     [counts] = copy.deepcopy([*table.counted(FIRST).known.values()])
     check_sums(counts)
@@ -80,7 +90,11 @@ def test_rates_are_those_of_the_study() -> None:
     assert differences(find_sheet("h100")) == []
     other = dataclasses.replace(find_sheet("h100"), gemm_tflops=[620, 700, 740], launch_us=[9.0, 7.0, 3.5])
     assert len(differences(other)) == 2 and "gemm_tflops" in differences(other)[0]
-    assert set(BEFORE) == set(CASES) and set(AIMS) < set(CASES) and set(BEFORE_BYTES) == {*CATEGORIES, "sum"}
+    assert (
+        set(BEFORE) == set(CASES)
+        and set(AIMS) < set(CASES)
+        and set(BEFORE_BYTES) == {*CATEGORIES, "sum"} - {FUSED_KERNELS}
+    )
     assert RATES["gemm_tflops"] == (620, 680, 740)
 
 
@@ -88,6 +102,6 @@ def test_the_record_has_all_cases_and_says_that_nothing_was_measured() -> None:
     text = RECORD.read_text()
     assert "not measured on a GPU" in text and "predicted" in text and "unknown" not in text
     for name in CASES:
-        assert f"| {name} | selective |" in text
+        assert f"| {name} | selective |" in text and re.search(rf"\| {re.escape(name)} \| [^|]+, compiled \|", text)
     for name in AIMS:
         assert f"**{name}: the aim is" in text

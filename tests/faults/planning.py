@@ -1,7 +1,7 @@
 """Faults of the planner, each with its own tests (tests/plant.py)."""
 
 # What is wrong: file, its text, what stands there instead, and the tests that must see it.
-_SEARCH = "tests/train/plan/test_search.py"
+_SEARCH, _COMPILED = "tests/train/plan/test_search.py", "tests/train/plan/test_compiled.py"
 PLAN = {
     "a rank alone with FSDP2's copies": (
         "train/parallel/parallelize.py", "if layout.alone:", "if False:", ["tests/train/parallel/test_alone.py"],
@@ -24,6 +24,31 @@ PLAN = {
     "a search that leaves memory unused": (
         "train/plan/search.py", "kept + left / (1 + plan.question.assumed.slack) - ROOM_GIB / 2", "kept + 1",
         [_SEARCH, "-k", "tries"],
+    ),
+    "fused kernels that are not counted": (
+        "train/plan/compiled.py", "for one in schedule.fused:", "for one in schedule.fused[:0]:", [_COMPILED],
+    ),
+    "calls that are taken for kernels of inductor": (
+        "train/plan/compiled.py", "return packet in flop_registry or name in ATTENTION or ", "return ",
+        [_COMPILED, "-k", "call"],
+    ),
+    "what a compiled backward computes again is not told": (
+        "train/plan/compiled.py", '"again" if node.name in before else phase', "phase", [_COMPILED, "-k", "less"],
+    ),
+    "buffers of a compiled pass that are never freed": (
+        "train/plan/compiled.py", "if last >= 0 and (not name or name in saved):", "if False:",
+        [_COMPILED, "-k", "backward"],
+    ),
+    "weights that a compiled backward frees": (
+        "train/parallel/memory.py", "self._sizes.get(id(tensor.untyped_storage()), 0) > 0",
+        "id(tensor.untyped_storage()) in self._sizes", [_COMPILED, "-k", "frees"],
+    ),
+    "exchanges of a compiled block that are not sent": (
+        "train/plan/count.py", "with self.memory, self._sent:", "with self.memory:", [_COMPILED, "-k", "sent"],
+    ),
+    "a joined tensor that is written wide": (
+        "model/fused.py", "(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)",
+        "(a * cos - b * sin), (a * sin + b * cos)", ["tests/model/test_fused.py"],
     ),
     "a launch that does not fit is submitted": (
         "launch/planned.py", "if not plan.fits:", "if False:",

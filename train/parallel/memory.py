@@ -33,6 +33,10 @@ class LiveMemory(TorchDispatchMode):
         if id(storage) not in self._sizes:
             self._add(storage, storage.nbytes())
 
+    def counts(self, tensor: Tensor) -> bool:
+        """Whether its storage is among the live ones: one that was there before it was entered is not."""
+        return self._sizes.get(id(tensor.untyped_storage()), 0) > 0
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in BODIES:
             return run_body(self, func, args, kwargs)

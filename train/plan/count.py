@@ -35,10 +35,11 @@ from train.objective.noise import Prepared
 from train.objective.objective import Draws, ObjectiveConfig
 from train.parallel.memory import LiveMemory
 from train.parallel.mesh import Layout, ParallelConfig, make_layout
-from train.parallel.parallelize import prepare_model
+from train.parallel.parallelize import compile_units, prepare_model
 from train.parallel.recompute import recompute_activations, shape_of, units
 from train.parallel.traffic import EXACT
 from train.parallel.workload import Workload
+from train.plan.compiled import graphs_counted
 from train.plan.kernels import Op, OpCounter, kernels_of
 from train.plan.lines import LineFinder, SourceLine, left_over
 from train.step import forward_backward
@@ -105,12 +106,13 @@ def count_step(
     lines: bool = False,
 ) -> dict[str, Counts]:
     """Counts of every shape of unit with each of these kinds of checkpointing ("none", "full", ...), of one
-    micro-batch.
+    micro-batch; of compiled units where `parallel.compile` says so.
 
     `gpu`: count the kernels of a GPU; else those that torch runs on a CPU. `lines`: by line of the program too. Starts
     a fake process group: none may be running. What is not checkpointed, and what units are given, is the same for all
     kinds, and counted once.
     """
+    compiled = parallel.compile != "none"
     parallel = dataclasses.replace(
         parallel, recompute="none", recompute_gib=None, compile="none", dp_replicate=1, dp_shard=1, engine="fsdp2"
     )
@@ -121,7 +123,7 @@ def count_step(
             model = _model(short, layout)
             prepare_model(model, parallel, layout, workload)
             counting = partial(_Counting, layout, lines)
-            return _count(model, layout, make_batch(short, workload), kinds, tables, counting)
+            return _count(model, layout, make_batch(short, workload), kinds, compiled, tables, counting)
 
 
 @contextmanager
@@ -170,6 +172,7 @@ def _count(
     layout: Layout,
     batch: Prepared,
     kinds: Sequence[str],
+    compiled: bool,
     tables: list[Tensor],
     counting: Callable[[], _Counting],
 ) -> dict[str, Counts]:
@@ -183,19 +186,32 @@ def _count(
     forward_backward(model, [batch], ObjectiveConfig(), "high", layout, lambda loss, last: None)
     for hook in hooks:
         hook.remove()
-    found: dict[str, Counts] = {}
-    rest: UnitCounts | None = None
+    first = "none" if compiled else kinds[0]
+    with _checkpointed(model, first, compiled=False):
+        whole = _count_whole(model, layout, batch, counting())
+        eager = {shape: _count_unit(module, given[module], counting()) for module, shape in shapes.items()}
+    rest = _rest(whole, list(eager.values()), sum(table.nbytes for table in tables))
+    found: dict[str, Counts] = {} if compiled else {first: eager}
     for kind in kinds:
-        recompute_activations(model, [kind] * len(shapes))
-        whole = _count_whole(model, layout, batch, counting()) if rest is None else None
-        found[kind] = {shape: _count_unit(module, given[module], counting()) for module, shape in shapes.items()}
-        for module in shapes:
-            module.__dict__.pop("forward", None)  # the class's again, without the checkpoint around it
-        if whole is not None:
-            rest = _rest(whole, list(found[kind].values()), sum(table.nbytes for table in tables))
-        assert rest is not None
+        if kind not in found:
+            count = _count_compiled if compiled else _count_unit
+            with _checkpointed(model, kind, compiled):
+                found[kind] = {shape: count(module, given[module], counting()) for module, shape in shapes.items()}
         found[kind][REST] = rest
     return found
+
+
+@contextmanager
+def _checkpointed(model: JointTransformer, kind: str, compiled: bool) -> Iterator[None]:
+    """While entered, all units are checkpointed in this way, and compiled where they are to be."""
+    recompute_activations(model, [kind] * len(units(model)), compiled)
+    if compiled:
+        compile_units(model, "inductor")
+    try:
+        yield
+    finally:
+        for module in units(model):
+            module.__dict__.pop("forward", None)  # the class's again
 
 
 def _count_whole(model: JointTransformer, layout: Layout, batch: Prepared, counting: _Counting) -> UnitCounts:
@@ -227,6 +243,20 @@ def _count_unit(module: nn.Module, inputs: tuple[Any, ...], counting: _Counting)
     return UnitCounts(forward, backward, forward.left - size + inputs[0].untyped_storage().nbytes())
 
 
+def _count_compiled(module: nn.Module, inputs: tuple[Any, ...], counting: _Counting) -> UnitCounts:
+    """As `_count_unit`, of a unit that torch compiles here; only its graphs are counted."""
+    inputs = tree_map(_leaf, inputs)
+    module.zero_grad()
+    with graphs_counted(counting):
+        out = module(*inputs)
+        forward = counting.next()
+        size, gradient = out.untyped_storage().nbytes(), torch.empty_like(out)
+        out.backward(gradient)
+        del out
+        backward = counting.next()
+    return UnitCounts(forward, backward, forward.left - size + inputs[0].untyped_storage().nbytes())
+
+
 def _leaf(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
@@ -248,21 +278,38 @@ class _Counting:
     """All counters together; `next` tells what was counted since the last call."""
 
     def __init__(self, layout: Layout, lines: bool) -> None:
-        self._memory, self._layout, self._stack, self._before = LiveMemory(), layout, ExitStack(), 0
+        self.memory, self._layout, self._stack, self._before = LiveMemory(), layout, ExitStack(), 0
         self._finder = LineFinder() if lines else None  # of forward and backward
+        self._entered = False
+        self._begin()
 
     def __enter__(self) -> _Counting:
-        self._memory.__enter__()
-        self._open()
+        self._entered = True
+        self.memory.__enter__()
+        self._enter()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
-        self._memory.__exit__(*exception)
+        self.memory.__exit__(*exception)
+        self._entered = False
 
-    def _open(self) -> None:
-        self._sent = self._stack.enter_context(CollectiveCounter(self._layout))
-        self._ops = self._stack.enter_context(OpCounter(self._finder))
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Memory and collectives alone are counted while entered."""
+        with self.memory, self._sent:
+            yield
+
+    def kernels(self) -> OpCounter:
+        """Of the pass that is being counted."""
+        return self._ops
+
+    def _begin(self) -> None:
+        self._sent, self._ops = CollectiveCounter(self._layout), OpCounter(self._finder)
+
+    def _enter(self) -> None:
+        self._stack.enter_context(self._sent)
+        self._stack.enter_context(self._ops)
 
     def next(self) -> Pass:
         """One pass."""
@@ -273,11 +320,13 @@ class _Counting:
             sent[axis] += size
         for (axis, _), number in self._sent.calls.items():
             calls[axis] += number
-        memory = self._memory
+        memory = self.memory
         counted = self._ops
         found = Pass(counted.ops, counted.lines, sent, calls, memory.peak - self._before, memory.live - self._before)
         self._before = memory.peak = memory.live
-        self._open()
+        self._begin()
+        if self._entered:
+            self._enter()
         return found
 
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.library import Library, register_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -22,13 +23,26 @@ from torch.utils.flop_counter import flop_registry
 from model import fused
 from train.parallel import float8
 from train.parallel.sequence.operators import BODIES, run_body
-from train.plan.lines import LineFinder, SourceLine
+from train.plan.lines import Finder, SourceLine
 
 # FLOPs of torch's attention on the CPU, which its registry lacks; backward computes the scores again.
 ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": 4,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 10,
 }
+
+
+def _float8_product(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+# Stands in for a product in float8 with the casts of its operands: their time is in its rate, and compiled blocks call
+# it as a whole.
+_LIBRARY = Library("mova_plan", "DEF")  # noqa: TOR901
+_LIBRARY.define("float8_product(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.impl("float8_product", _float8_product, "CompositeExplicitAutograd")
+register_fake("mova_plan::float8_product", _float8_product, lib=_LIBRARY)
+FLOAT8: Any = torch.ops.mova_plan.float8_product.default
 
 
 class Op(NamedTuple):
@@ -46,7 +60,7 @@ class OpCounter(TorchDispatchMode):
 
     entered: ClassVar[list[OpCounter]] = []
 
-    def __init__(self, finder: LineFinder | None = None) -> None:
+    def __init__(self, finder: Finder | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.finder = finder
         self.ops: Counter[Op] = Counter()
@@ -86,6 +100,8 @@ class OpCounter(TorchDispatchMode):
         if name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach"):
             return out
         moved = sum(_moved(tensor) for tensor in given) + sum(_moved(tensor) for tensor in made)
+        if func == FLOAT8:  # both operands are read, written in float8 and read again
+            moved += sum(2 * tensor.numel() for tensor in given)
         self.add(Op(*_kind_and_flops(func.overloadpacket, args, kwargs, out), moved), line)
         return out
 
@@ -93,6 +109,8 @@ class OpCounter(TorchDispatchMode):
 def _kind_and_flops(operator: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, int]:
     name = operator.__name__
     kind = "gemm"
+    if operator is FLOAT8.overloadpacket:
+        return "float8", 2 * args[0].numel() * args[1].shape[1]
     if "attention" in name or "flash" in name:
         kind = "attention_backward" if "backward" in name else "attention"
     if name in ATTENTION:
@@ -117,11 +135,13 @@ def kernels_of(gpu: bool) -> Iterator[None]:
         if gpu:
             stack.enter_context(patch.object(fused.RMSNorm, "forward", _rms_norm))
             stack.enter_context(patch.object(fused, "sums_in_kernel", lambda x: True))
-            stack.enter_context(patch.object(float8, "scaled_product", _float8_product))
+            stack.enter_context(patch.object(float8, "scaled_product", lambda a, b: FLOAT8(a, b)))
         yield
 
 
 def _rms_norm(module: fused.RMSNorm, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return nn.RMSNorm.forward(module, x)
     out: Tensor = _FusedNorm.apply(x, module.weight)  # type: ignore[no-untyped-call]
     return out
 
@@ -144,15 +164,6 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _float8_product(a: Tensor, b: Tensor) -> Tensor:
-    """In the memory and FLOPs of a float8 product; its time, casts included, is that of a measured rate. Its bytes:
-    both operands are read, written in float8 and read again."""
-    out = a.new_empty(a.shape[0], b.shape[1])
-    moved = sum(one.nbytes + 2 * one.numel() for one in (a, b)) + out.nbytes
-    _note(Op("float8", 2 * a.shape[0] * a.shape[1] * b.shape[1], moved), "scaled_mm")
-    return out
-
-
-def _note(op: Op, name: str = "rms_norm") -> None:
+def _note(op: Op) -> None:
     for counter in OpCounter.entered:
-        counter.add(op, counter.finder.find(name) if counter.finder else None)
+        counter.add(op, counter.finder.find("rms_norm") if counter.finder else None)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -37,6 +37,13 @@ class SourceLine(NamedTuple):
     phase: str
     operator: str
     made_by: str
+
+
+class Finder(Protocol):
+    """Tells the line of each operator."""
+
+    def find(self, operator: str) -> SourceLine:
+        """Of the one that runs now."""
 
 
 class LineFinder:

@@ -109,7 +109,7 @@ def _total(parts: dict[str, float]) -> dict[str, Any]:
     return {"total": sum(parts.values()), "parts": parts}
 
 
-Key = tuple[int, int, tuple[str, str, str], Workload, bool]
+Key = tuple[int, int, tuple[str, str, str, str], Workload, bool]
 
 
 @dataclass
@@ -136,8 +136,8 @@ class KnownCounts:
 
 def key_of(parallel: ParallelConfig, workload: Workload, gpu: bool) -> Key:
     """What counts of a model depend on, beside the kind of checkpointing."""
-    precision = parallel.compute_dtype, parallel.residual, parallel.linear
-    return parallel.ring, parallel.ulysses, precision, dataclasses.replace(workload, micro_batches=1), gpu
+    units = parallel.compute_dtype, parallel.residual, parallel.linear, parallel.compile
+    return parallel.ring, parallel.ulysses, units, dataclasses.replace(workload, micro_batches=1), gpu
 
 
 @contextmanager

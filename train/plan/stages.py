@@ -15,9 +15,9 @@ from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, 
 # float32, the norm and the clipping read the gradient again and write it; an average is read with its weight and
 # written.
 ADAMW, AVERAGE = 40, 12
-# Checkpointing that keeps attention enters dispatch modes, which run Python for operators of attention cores: host time
-# of a kernel over that of one without them, measured of "selective" on a CPU with tiny widths and true depths
-# (bench/results/host.md).
+# Checkpointing that keeps attention enters dispatch modes where nothing is compiled, which run Python for operators of
+# attention cores: host time of a kernel over that of one without them, measured of "selective" on a CPU with tiny
+# widths and true depths (bench/results/host.md).
 SELECTIVE_HOST = 1.2
 
 
@@ -39,7 +39,7 @@ def predict_step(
     if parallel.optimizer_state == "host":  # on the computing stream, there, updated, and back
         optimizer.append(Kernel(HOST_COPY, 0, 2 * len(AdamW.KEYS) * 4 * shard))
     kinds = [part.kind for part in blocks(weights)]
-    kept = sum(kind in KEPT for kind in kinds) / max(1, len(kinds))
+    kept = sum(kind in KEPT for kind in kinds) / max(1, len(kinds)) if parallel.compile == "none" else 0.0
     return simulate(
         clock,
         forward,

@@ -3,10 +3,15 @@
 Tokens and heads may be uneven over the ranks, and a rank may have no head. Each tensor is copied once on its way: where
 heads are split or joined; with one clip, parts along the tokens lie one after the other in memory and are sent and
 received in place. All tensors of an operator are under way at once, in the same order on every rank.
+
+A compiled block splits the heads itself, where every rank has as many: what turns q and k writes them as they leave,
+and its backward reads what arrives. In eager mode that would be one more tensor to compute again.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,54 +21,79 @@ from torch.library import register_autograd
 
 from train.parallel.sequence.operators import LIBRARY, define, group_of
 
+Shape = tuple[int, ...]
+
 
 def heads_for_tokens(x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str) -> list[Tensor]:
     """Each [B, l, H, D] of this rank's tokens -> [B, sum(tokens), h, D] of this rank's heads.
 
     tokens and heads: those of every rank of the group, in which this one is `rank`.
     """
+    if torch.compiler.is_compiling() and len(set(heads)) == 1:
+        x = [one.unflatten(2, (len(heads), heads[0])).movedim(2, 0).contiguous() for one in x]  # [ranks, B, l, h, D]
     out: list[Tensor] = HEADS_FOR_TOKENS(x, tokens, heads, rank, group)
     return out
 
 
 def tokens_for_heads(x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str) -> list[Tensor]:
     """The way back: each [B, sum(tokens), h, D] -> [B, l, H, D]."""
-    out: list[Tensor] = TOKENS_FOR_HEADS(x, tokens, heads, rank, group)
+    out: list[Tensor] = TOKENS_FOR_HEADS(x, tokens, heads, rank, group, False)
     return out
 
 
 def _heads_for_tokens(x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str) -> list[Tensor]:
-    return _exchange(x, 2, heads, 1, tokens, rank, group)
+    """As `heads_for_tokens`, or each from [ranks, B, l, h, D], the heads of every rank apart."""
+
+    def leaving(one: Tensor) -> tuple[Tensor, list[int], list[Shape]]:
+        is_split = one.ndim == 5
+        batch, width = one.shape[is_split], one.shape[-1]
+        away = [batch * tokens[rank] * size * width for size in heads]
+        sent = one.contiguous().flatten() if is_split else _in_parts(one, 2, heads)
+        return sent, away, [(batch, size, heads[rank], width) for size in tokens]
+
+    return [_joined(*received, dim=1) for received in _exchange(map(leaving, x), group)]
 
 
-def _tokens_for_heads(x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str) -> list[Tensor]:
-    return _exchange(x, 1, tokens, 2, heads, rank, group)
-
-
-def _exchange(
-    tensors: list[Tensor], split: int, sizes: list[int], join: int, others: list[int], rank: int, group: str
+def _tokens_for_heads(
+    x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str, is_split: bool
 ) -> list[Tensor]:
-    """Split each tensor along one dimension into parts for the ranks, and join what they send along another."""
+    """As `tokens_for_heads`; if `is_split`, each to [ranks, B, l, h, D], the heads of every rank apart."""
+
+    def leaving(one: Tensor) -> tuple[Tensor, list[int], list[Shape]]:
+        batch, _, mine, width = one.shape
+        away = [batch * size * mine * width for size in tokens]
+        return _in_parts(one, 1, tokens), away, [(batch, tokens[rank], size, width) for size in heads]
+
+    exchanged = _exchange(map(leaving, x), group)
+    if is_split:
+        return [received.view(len(shapes), *shapes[0]) for received, shapes in exchanged]
+    return [_joined(*received, dim=2) for received in exchanged]
+
+
+def _exchange(leaving: Iterable[tuple[Tensor, list[int], list[Shape]]], group: str) -> list[tuple[Tensor, list[Shape]]]:
+    """Exchange tensors with all ranks; each is sent before the next is asked for.
+
+    leaving: a tensor [N] of parts one after the other, how many numbers go to each rank, and the shape of what each
+    rank sends. Returns for each what has come [M], the ranks' one after the other, with its shapes.
+    """
     under_way = []
-    for x in tensors:
-        shapes = [list(x.shape) for _ in others]  # of what each rank sends
-        for shape, size in zip(shapes, others, strict=True):
-            shape[split], shape[join] = sizes[rank], size
-        lengths = [torch.Size(shape).numel() for shape in shapes]
-        away = [x.numel() // x.shape[split] * size for size in sizes]
-        sent, received = _in_parts(x, split, sizes), x.new_empty(sum(lengths))
+    for sent, away, shapes in leaving:
+        lengths = [math.prod(shape) for shape in shapes]
+        received = sent.new_empty(sum(lengths))
         work = dist.all_to_all_single(received, sent, lengths, away, group=group_of(group), async_op=True)
-        under_way.append((work, sent, received, shapes, lengths))
-    out = []
-    for work, _, received, shapes, lengths in under_way:
+        under_way.append((work, sent, received, shapes))  # what is sent lives until it is
+    for work, *_ in under_way:
         work.wait()
-        whole = [*shapes[0][:join], sum(others), *shapes[0][join + 1 :]]
-        if received.numel() == 0 or torch.Size(whole[:join]).numel() == 1:
-            out.append(received.view(whole))
-        else:
-            parts = zip(received.split(lengths), shapes, strict=True)
-            out.append(torch.cat([part.view(shape) for part, shape in parts], dim=join))
-    return out
+    return [(received, shapes) for _, _, received, shapes in under_way]
+
+
+def _joined(received: Tensor, shapes: list[Shape], dim: int) -> Tensor:
+    """The parts of these shapes, which lie one after the other, along a dimension. No copy where they lie so."""
+    whole = [*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :]]
+    if received.numel() == 0 or math.prod(whole[:dim]) == 1:
+        return received.view(whole)
+    parts = zip(received.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
+    return torch.cat([part.view(shape) for part, shape in parts], dim=dim)
 
 
 def _in_parts(x: Tensor, dim: int, sizes: list[int]) -> Tensor:
@@ -81,28 +111,32 @@ def _in_parts(x: Tensor, dim: int, sizes: list[int]) -> Tensor:
 
 
 def _fake_heads(x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str) -> list[Tensor]:
-    return [one.new_empty(one.shape[0], sum(tokens), heads[rank], one.shape[3]) for one in x]
+    return [one.new_empty(one.shape[one.ndim == 5], sum(tokens), heads[rank], one.shape[-1]) for one in x]
 
 
-def _fake_tokens(x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str) -> list[Tensor]:
+def _fake_tokens(
+    x: list[Tensor], tokens: list[int], heads: list[int], rank: int, group: str, is_split: bool
+) -> list[Tensor]:
+    if is_split:
+        return [one.new_empty(len(heads), one.shape[0], tokens[rank], heads[0], one.shape[3]) for one in x]
     return [one.new_empty(one.shape[0], tokens[rank], sum(heads), one.shape[3]) for one in x]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.where = inputs[1:]
+    ctx.where, ctx.is_split = inputs[1:5], inputs[0][0].ndim == 5
 
 
 def _heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return TOKENS_FOR_HEADS(grads, *ctx.where), None, None, None, None
+    return TOKENS_FOR_HEADS(grads, *ctx.where, ctx.is_split), None, None, None, None
 
 
 def _tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return HEADS_FOR_TOKENS(grads, *ctx.where), None, None, None, None
+    return HEADS_FOR_TOKENS(grads, *ctx.where), None, None, None, None, None
 
 
-_SIGNATURE = "(Tensor[] x, SymInt[] tokens, SymInt[] heads, int rank, str group) -> Tensor[]"
-HEADS_FOR_TOKENS = define("heads_for_tokens", _SIGNATURE, _heads_for_tokens, _fake_heads)
-TOKENS_FOR_HEADS = define("tokens_for_heads", _SIGNATURE, _tokens_for_heads, _fake_tokens)
+_SIGNATURE = "(Tensor[] x, SymInt[] tokens, SymInt[] heads, int rank, str group{}) -> Tensor[]"
+HEADS_FOR_TOKENS = define("heads_for_tokens", _SIGNATURE.format(""), _heads_for_tokens, _fake_heads)
+TOKENS_FOR_HEADS = define("tokens_for_heads", _SIGNATURE.format(", bool is_split"), _tokens_for_heads, _fake_tokens)
 # An exchange only moves numbers, so its gradient goes the way back.
 register_autograd(HEADS_FOR_TOKENS, _heads_backward, setup_context=_save, lib=LIBRARY)
 register_autograd(TOKENS_FOR_HEADS, _tokens_backward, setup_context=_save, lib=LIBRARY)

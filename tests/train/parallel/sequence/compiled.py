@@ -82,10 +82,15 @@ def compiled_shapes(shapes: tuple[str, ...]) -> Iterator[None]:
 
 
 def a_step_of_each(
-    settings: dict[str, int], kind: str, shapes: tuple[str, ...], backend: str = "counting", dtype: str = "float64"
+    settings: dict[str, int],
+    kind: str,
+    shapes: tuple[str, ...],
+    backend: str = "counting",
+    dtype: str = "float64",
+    buckets: int = len(BUCKETS),
 ) -> dict[str, Any]:
-    """One forward and backward of each bucket: the largest relative error of a gradient in it against one process that
-    computes in float64, that of one process that computes in `dtype` (rounding), and counts.
+    """One forward and backward of each of the first `buckets`: the largest relative error of a gradient in it against
+    one process that computes in float64, that of one process that computes in `dtype` (rounding), and counts.
 
     made, ran: graphs until then, and in it; calls: of `calls_counted`; eager: units without a graph; blocks: of the
     video tower; active: units of `shapes` that run.
@@ -94,15 +99,15 @@ def a_step_of_each(
     counting(ran)
     parallel = ParallelConfig(compute_dtype=dtype, recompute=kind, compile=backend, **settings)
     with compiled_shapes(shapes):
-        return _steps(parallel, ran)
+        return _steps(parallel, ran, BUCKETS[:buckets])
 
 
-def _steps(parallel: ParallelConfig, ran: Counter[str]) -> dict[str, Any]:
+def _steps(parallel: ParallelConfig, ran: Counter[str], buckets: list[tuple[int, int, int, int]]) -> dict[str, Any]:
     config = parity.config_of(3)
     model, layout = cases.sharded_model(config, parallel)
     objective = Objective(parity.OBJECTIVE, config.experts)
     found: dict[str, Any] = {"errors": [], "rounding": [], "made": [], "ran": [], "calls": [], "eager": []}
-    for number, (frames, height, width, sound) in enumerate(BUCKETS):
+    for number, (frames, height, width, sound) in enumerate(buckets):
         bucket = Bucket(frames, height, width, sound, 24.0, has_video=True, has_audio=True)
         whole = make_batch(config, SLOTS, number, objective, bucket)
         mine = cases.my_micro_batches(Prepared(whole.batch, cases.convert(whole.draws, layout.compute)), layout, SLOTS)
