@@ -43,6 +43,9 @@ PLAN = {
         "train/parallel/memory.py", "self._sizes.get(id(tensor.untyped_storage()), 0) > 0",
         "id(tensor.untyped_storage()) in self._sizes", [_COMPILED, "-k", "frees"],
     ),
+    "buffers within a call of a compiled block are free": (
+        "train/plan/compiled.py", " + runner.workspace)", ")", [_COMPILED, "-k", "holds"],
+    ),
     "exchanges of a compiled block that are not sent": (
         "train/plan/count.py", "with self.memory, self._sent:", "with self.memory:", [_COMPILED, "-k", "sent"],
     ),

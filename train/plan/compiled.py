@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
-from core.errors import RunError
 from train.parallel.memory import LiveMemory
 from train.parallel.sequence.operators import BODIES
 from train.plan.kernels import ATTENTION, FLOAT8, Op, OpCounter
@@ -83,8 +82,7 @@ class _Schedule:
 def graphs_counted(counters: Counters) -> Iterator[None]:
     """While entered, graphs of inductor are scheduled, and counted whenever they run; their results have shapes only.
 
-    Forward and backward of one unit at a time. RunError for a graph that another inductor would make (as of a torch
-    whose internals have changed).
+    Forward and backward of one unit at a time. What torch has compiled in this process before is forgotten.
     """
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
@@ -172,49 +170,48 @@ def _run(schedule: _Schedule, values: Sequence[Any], counters: Counters, before:
         name for name, value in zip(names, values, strict=True) if isinstance(value, Tensor) and memory.counts(value)
     }
     phase = "backward" if schedule.is_backward else "forward"
-    began, space = memory.live, 0
+    began = memory.live
     with counters.watching():
-        runner = _Interpreter(schedule, kernels, lambda node: _line(node, phase, before))
+        runner = _Interpreter(schedule, counters, lambda node: _line(node, phase, before))
         out = runner.run(*values)
-        space = runner.workspace
     for one in schedule.fused:
         kernels.add(one.op, _fused_line(one.origins, phase, before) if kernels.finder else None)
-    memory.peak = max(memory.live, began + schedule.peak(saved) + space)
-    if runner.left:
-        raise RunError(
-            f"{len(runner.left)} kernels of a compiled graph were scheduled and are not in it: {runner.left}"
-        )
+    memory.peak = max(memory.live, began + schedule.peak(saved) + runner.workspace)
     return out
 
 
 class _Interpreter(fx.Interpreter):
     """Runs a graph; operators that inductor calls are seen by the counter of kernels. workspace: the most bytes that
-    one of them holds beside its results; left: calls that have not run."""
+    one of them holds beside its inputs and results."""
 
-    def __init__(self, schedule: _Schedule, kernels: OpCounter, line: Callable[[fx.Node], SourceLine]) -> None:
+    def __init__(self, schedule: _Schedule, counters: Counters, line: Callable[[fx.Node], SourceLine]) -> None:
         super().__init__(schedule.module)
-        self._kernels, self._line = kernels, line
-        self.left = set(schedule.called)
+        self._called, self._counters, self._line = schedule.called, counters, line
         self.workspace = 0
 
     def run_node(self, n: fx.Node) -> Any:
         """Of a call, with its kernels."""
-        if n not in self.left:
+        if n not in self._called:
             return super().run_node(n)
-        self.left.discard(n)
-        finder = self._kernels.finder
-        self._kernels.finder = _OneLine(self._line(n)) if finder else None
+        kernels, memory = self._counters.kernels(), self._counters.memory
+        finder, kernels.finder = kernels.finder, _OneLine(self._line(n)) if kernels.finder else None
+        memory.peak = memory.live
         try:
-            with self._kernels:
-                operators = torch.ops.higher_order
-                if n.target not in (operators.run_and_save_rng_state, operators.run_with_rng_state):
-                    return super().run_node(n)
-                given, named = self.fetch_args_kwargs_from_env(n)
-                operator = _operator(n)
-                out = operator(*given[given.index(operator) + 1 :], **named)
-                return (torch.empty(0), out) if n.target is operators.run_and_save_rng_state else out
+            with kernels:
+                out = self._call(n)
         finally:
-            self._kernels.finder = finder
+            kernels.finder = finder
+        self.workspace = max(self.workspace, memory.peak - memory.live)
+        return out
+
+    def _call(self, node: fx.Node) -> Any:
+        operators = torch.ops.higher_order
+        if node.target not in (operators.run_and_save_rng_state, operators.run_with_rng_state):
+            return super().run_node(node)
+        given, named = self.fetch_args_kwargs_from_env(node)
+        operator = _operator(node)
+        out = operator(*given[given.index(operator) + 1 :], **named)
+        return (torch.empty(0), out) if node.target is operators.run_and_save_rng_state else out
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,13 @@ def count_step(
     lines: bool = False,
 ) -> dict[str, Counts]:
     """Counts of every shape of unit with each of these kinds of checkpointing ("none", "full", ...), of one
-    micro-batch; of compiled units where `parallel.compile` says so.
+    micro-batch; of units that inductor compiles where `parallel.compile` says so.
 
     `gpu`: count the kernels of a GPU; else those that torch runs on a CPU. `lines`: by line of the program too. Starts
     a fake process group: none may be running. What is not checkpointed, and what units are given, is the same for all
     kinds, and counted once.
     """
-    compiled = parallel.compile != "none"
+    compiled = parallel.compile == "inductor"
     parallel = dataclasses.replace(
         parallel, recompute="none", recompute_gib=None, compile="none", dp_replicate=1, dp_shard=1, engine="fsdp2"
     )

@@ -15,6 +15,7 @@ from model.joint import JointConfig
 from train.config import compose_train
 from train.parallel.memory import LiveMemory
 from train.parallel.mesh import ParallelConfig
+from train.parallel.sequence.operators import define
 from train.parallel.workload import Workload
 from train.plan.compiled import FUSED, graphs_counted
 from train.plan.count import SHAPES, Counts, Pass, count_step
@@ -103,6 +104,16 @@ def test_backward_has_what_forward_kept_and_tells_what_it_computes_again() -> No
         assert counters.memory.peak - began == ONE + unit.a.weight.nbytes
         assert counters.memory.live == began - 2 * ONE + ONE + unit.a.weight.nbytes
     assert {line.phase for line, _ in counters.counter.lines} == {"backward"}
+
+
+def test_what_a_call_holds_while_it_runs_is_part_of_the_peak() -> None:
+    """An operator of the project's that makes a tensor twice as large as its result on the way."""
+    body = lambda x: torch.cat([x, x])[: len(x)].clone()  # noqa: E731
+    twice = define("twice_for_a_test", "(Tensor x) -> Tensor", body, torch.empty_like)
+    with FakeTensorMode(), torch.no_grad():
+        counters, out = counted(lambda x: twice(x), torch.empty(ROWS, WIDTH))
+    assert counters.memory.live == out.nbytes == ONE and counters.memory.peak == 3 * ONE
+    assert counters.counter.ops == Counter({Op("memory", 0, 4 * ONE): 1, Op("memory", 0, 2 * ONE): 1})  # joined, copied
 
 
 def test_weights_are_not_among_what_a_backward_frees() -> None:

@@ -4,8 +4,9 @@ Tokens and heads may be uneven over the ranks, and a rank may have no head. Each
 heads are split or joined; with one clip, parts along the tokens lie one after the other in memory and are sent and
 received in place. All tensors of an operator are under way at once, in the same order on every rank.
 
-A compiled block splits the heads itself, where every rank has as many: what turns q and k writes them as they leave,
-and its backward reads what arrives. In eager mode that would be one more tensor to compute again.
+A compiled block splits the heads itself, where every rank has as many: in backward the kernel that turns q and k reads
+what arrives as it lies, and in forward a compiler may write it so. In eager mode that would be one more tensor to
+compute again.
 """
 
 from __future__ import annotations
