@@ -93,5 +93,5 @@ def submit_array(
     code.write(job_folder)
     (job_folder / "logs").mkdir(parents=True, exist_ok=True)
     write_atomically(job_folder / SCRIPT, script)
-    job = slurm.sbatch(["--parsable"], job_folder / SCRIPT, cluster).split(";")[0]
+    job = slurm.submit_job([], job_folder / SCRIPT, cluster)
     print(f"{config.output}: job array {job}; script {job_folder / SCRIPT}, logs {job_folder / 'logs'}")

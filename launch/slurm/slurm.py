@@ -324,6 +324,16 @@ def sbatch(arguments: Sequence[str], script: Path | str, config: SlurmConfig) ->
     return (done.stdout + done.stderr if "--test-only" in arguments else done.stdout).strip()
 
 
+def submit_job(arguments: Sequence[str], script: Path, config: SlurmConfig) -> str:
+    """Give a script to SLURM; returns the job's number. Unclear where sbatch ends well and names none: to SLURM, no
+    number may mean all jobs of the user."""
+    answer = sbatch(["--parsable", *arguments], script.absolute(), config)
+    for line in reversed(answer.splitlines()):  # a site's wrapper may print more
+        if found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()):
+            return found[1]
+    raise Unclear(f"sbatch answered {answer!r}, which is no job number")
+
+
 def _look_for(run: RunDir, script: Path, since: float, unclear: Unclear) -> str:
     """The job of this script that SLURM accepted at `since` or later, though sbatch got no answer. Unclear if the
     queue has none, or does not answer."""
@@ -468,7 +478,7 @@ def _give(config: SlurmConfig, run: RunDir, path: Path, order: list[str]) -> str
     """Submit a script; returns the job's number. Unclear where whether SLURM has it is not known."""
     begin = time.time()
     try:
-        return sbatch(["--parsable", *order], path.absolute(), config).split(";")[0]
+        return submit_job(order, path, config)
     except Unclear as unclear:
         return _look_for(run, path, begin, unclear)
     except KeyboardInterrupt:  # the second one

@@ -97,4 +97,4 @@ def submit(cluster: SlurmConfig, script: str, run: RunDir, beside: str) -> str:
     write_atomically(path, script)
     path.chmod(0o777 & ~umask())
     order = [f"--dependency=after:{beside}", "--kill-on-invalid-dep=yes"]
-    return slurm.sbatch(["--parsable", *order], path.absolute(), cluster).split(";")[0]
+    return slurm.submit_job(order, path, cluster)

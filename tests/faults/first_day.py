@@ -27,6 +27,10 @@ FIRST_DAY = {
         "core/terminal.py", "            stream.flush()\n", "            pass\n",
         ["tests/core/test_programs.py", "-k", "not_lost"],
     ),
+    "an sbatch that names no job gives one without a number": (
+        "launch/slurm/slurm.py", 'raise Unclear(f"sbatch answered {answer!r}, which is no job number")',
+        "return answer", ["tests/launch/test_undone.py", "-k", "names_no_job"],
+    ),
     "SLURM is asked once": (
         "launch/slurm/clean.sh", '&& [ -n "$answer" ] && break', "; break",
         ["tests/launch/test_attempts.py", "-k", "until_it_answers"],

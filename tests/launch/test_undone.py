@@ -13,6 +13,7 @@ import launch.__main__ as program
 from core.durable import write_atomically
 from core.errors import RunError
 from core.run_dir import RunDir
+from launch.slurm import slurm
 from launch.snapshot import Snapshot
 from launch.undo import Before
 from tests.disks import disk
@@ -27,7 +28,7 @@ folder = test_launch.folder  # a fixture
 SBATCH = """#!/bin/bash
 cut -d' ' -f5 /proc/$$/stat >{place}/group
 touch {place}/asked
-for _ in {{1..100}}; do [ -e {place}/answer ] && break; sleep 0.1; done
+for _ in {{1..100}}; do [ -s {place}/answer ] && break; sleep 0.1; done
 cat {place}/answer; exit 0
 """
 
@@ -89,6 +90,27 @@ def test_ctrl_c_while_sbatch_is_asked_takes_the_job_back(
         assert {name: after[name] for name in after if name not in code | {"launch.lock"}} == before
     else:
         assert not run.root.exists()
+
+
+@pytest.mark.parametrize("answer", ["", "welcome to the cluster"])
+def test_an_sbatch_that_names_no_job_cancels_none(
+    folder: Path, cluster: Path, answer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scancel --state=PENDING ""` may take all of the user's jobs. What was submitted is looked for in the queue,
+    where another run's job is none of it."""
+    monkeypatch.setattr(slurm, "ASK_AGAIN", (0.01,))
+    (cluster / "sbatch").write_text(f"#!/bin/sh\necho '{answer}'\n")
+    (cluster / "queue").write_text("77|2026-01-31T12:00:00|/another/script.sh\n")
+    assert program.PROGRAM.run(arguments(folder, "nameless", "cluster=slurm")) != 0
+    said = capsys.readouterr().err
+    assert f"sbatch answered {answer!r}" in said and "squeue --me --name=nameless" in said
+    assert not (cluster / "cancelled").exists() and (folder / "nameless" / "submit.sh").exists()
+
+
+def test_a_wrapper_of_sbatch_may_print_more(folder: Path, cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cluster / "sbatch").write_text("#!/bin/sh\necho 'checking your budget: ok'\necho '51;main'\n")
+    assert program.PROGRAM.run(arguments(folder, "wrapped", "cluster=slurm")) == 0
+    assert "51" in (folder / "wrapped" / "attempts.jsonl").read_text()
 
 
 @pytest.mark.parametrize("times", [1, 2])
