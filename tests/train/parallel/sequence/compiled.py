@@ -88,6 +88,7 @@ def a_step_of_each(
     backend: str = "counting",
     dtype: str = "float64",
     buckets: int = len(BUCKETS),
+    heads: int = 3,
 ) -> dict[str, Any]:
     """One forward and backward of each of the first `buckets`: the largest relative error of a gradient in it against
     one process that computes in float64, that of one process that computes in `dtype` (rounding), and counts.
@@ -99,11 +100,12 @@ def a_step_of_each(
     counting(ran)
     parallel = ParallelConfig(compute_dtype=dtype, recompute=kind, compile=backend, **settings)
     with compiled_shapes(shapes):
-        return _steps(parallel, ran, BUCKETS[:buckets])
+        return _steps(parallel, ran, BUCKETS[:buckets], parity.config_of(heads))
 
 
-def _steps(parallel: ParallelConfig, ran: Counter[str], buckets: list[tuple[int, int, int, int]]) -> dict[str, Any]:
-    config = parity.config_of(3)
+def _steps(
+    parallel: ParallelConfig, ran: Counter[str], buckets: list[tuple[int, int, int, int]], config: JointConfig
+) -> dict[str, Any]:
     model, layout = cases.sharded_model(config, parallel)
     objective = Objective(parity.OBJECTIVE, config.experts)
     found: dict[str, Any] = {"errors": [], "rounding": [], "made": [], "ran": [], "calls": [], "eager": []}
