@@ -106,7 +106,8 @@ class Cache:
                     raise
             try:
                 self._write(name, part, descriptor, download)
-                with contextlib.suppress(FileNotFoundError):  # deleted by one that could not see that it is in use
+                # Not found: deleted by a process that could not see that it is in use; the open file can still be read.
+                with self.lock("names"), contextlib.suppress(FileNotFoundError):
                     os.rename(part, self.files / name)
             except BaseException:
                 self._give_up(part, descriptor)
@@ -125,20 +126,21 @@ class Cache:
             except (OSError, ReadError) as error:
                 if not lacks_room(error):
                     raise
-                others = [path for path in self._by_age() if path != part]
-                if not any(_remove_unused(path) for path in others):
+                with self.lock("names"):
+                    freed = any(_remove_unused(path) for path in self._files() if path != part)
+                if not freed:
                     raise NoRoomError(
                         f"the cache {self.folder} has no room for {name} ({error}), and nothing to delete that is not "
                         "in use: make room on its disk, or choose another cache folder"
                     ) from error
 
-    def _by_age(self) -> list[Path]:
-        """All files, that which was used longest ago first."""
-        times = []
+    def _files(self) -> dict[Path, os.stat_result]:
+        """All files, that which was used longest ago first. Whoever calls it holds the lock on names."""
+        stats = {}
         for path in self.files.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                times.append((path.stat().st_mtime_ns, path))
-        return [path for _, path in sorted(times)]
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                stats[path] = path.stat()
+        return dict(sorted(stats.items(), key=lambda file: (file[1].st_mtime_ns, file[0])))
 
     @staticmethod
     def _give_up(part: Path, descriptor: int) -> None:
@@ -152,28 +154,25 @@ class Cache:
                 "window of shards at least, or make smaller shards"
             )
         end = time.monotonic() + ROOM_WAIT
-        while True:
-            entries = []
-            for path in self.files.iterdir():
-                if path != part:
-                    try:
-                        stat = path.stat()
-                    except FileNotFoundError:
-                        continue
-                    entries.append((stat.st_mtime_ns, stat.st_size, path))
-            used = sum(entry[1] for entry in entries)
-            for _, freed, path in sorted(entries):
-                if used + size <= self.limit:
-                    return
-                used -= freed if _remove_unused(path) else 0
-            if used + size <= self.limit:
-                return
+        while not self._has_room(size, part):
             if time.monotonic() > end:
                 raise DataError(
                     f"the cache {self.folder} of {self.limit} bytes is full of files in use for {ROOM_WAIT:.0f} s; "
                     f"raise cache_bytes so that {name} ({size} bytes) fits"
                 )
             time.sleep(0.02)
+
+    def _has_room(self, size: int, part: Path) -> bool:
+        """Whether `size` bytes fit beside what is here, after deleting what is not in use."""
+        with self.lock("names"):  # a file that is renamed while they are listed would be missed, or taken for deleted
+            others = self._files()
+            others.pop(part, None)
+            used = sum(stat.st_size for stat in others.values())
+            for path, stat in others.items():
+                if used + size <= self.limit:
+                    break
+                used -= stat.st_size if _remove_unused(path) else 0
+            return used + size <= self.limit
 
 
 def _remove_unused(path: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -294,12 +295,8 @@ def test_processes_share_a_cache_and_files_in_use_stay(tmp_path: Path) -> None:
         job.start()
     most, watched = 0, Cache(tmp_path / "cache", 2500)
     while any(job.is_alive() for job in jobs):
-        with watched.lock("room"):  # nobody makes room, or a file, between two of these looks
-            files = list((tmp_path / "cache" / "files").iterdir())
-            try:
-                most = max(most, sum(path.stat().st_size for path in files))
-            except FileNotFoundError:  # its download has ended: it has its name now
-                continue
+        with watched.lock("room"), watched.lock("names"):  # nobody makes room, a file or a name meanwhile
+            most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache" / "files").iterdir()))
         time.sleep(0.002)
     for job in jobs:
         job.join()
@@ -312,6 +309,37 @@ def test_processes_share_a_cache_and_files_in_use_stay(tmp_path: Path) -> None:
         assert blocked.is_alive() and (tmp_path / "held" / "files" / "x").exists()
     blocked.join(20)
     assert not blocked.is_alive() and not (tmp_path / "held" / "files" / "x").exists()
+
+
+def test_a_file_that_gets_its_name_while_room_is_made_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is made for a second file of 1,000 bytes out of 1,500 just as the first one gets its name, and is in use."""
+    cache, files, iterdir = Cache(tmp_path, 1500), tmp_path / "files", Path.iterdir
+    listed, used = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with cache.file("first", 1000, lambda target: used.wait(20) and None):
+            listed.wait(20)
+            time.sleep(0.3)
+
+    def listing(folder: Path) -> Iterator[Path]:
+        paths = list(iterdir(folder))
+        if folder == files and threading.current_thread() is threading.main_thread() and not used.is_set():
+            used.set()  # the download of the first file ends between this list and the looks at its files
+            end = time.monotonic() + 0.5
+            while not (files / "first").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            listed.set()
+        return iter(paths)
+
+    holder = threading.Thread(target=first)
+    holder.start()
+    while not any(iterdir(files)):
+        time.sleep(0.01)
+    monkeypatch.setattr(Path, "iterdir", listing)
+    with cache.file("second", 1000, lambda target: None):
+        assert sum(path.stat().st_size for path in iterdir(files)) <= 1500
+    holder.join(20)
+    assert not holder.is_alive()
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
