@@ -13,7 +13,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_REQUIRE_VIRTUALENV
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart clean-quickstart test test-fast test-compile test-slurm test-gpu chaos learn-sync check-clips types lint format docs tables
+.PHONY: help environment quickstart clean-quickstart test test-fast test-long test-slurm test-gpu chaos learn-sync check-clips types lint format docs tables
 
 help:
 	@echo "make quickstart               try it: synthetic clips, shards, a tiny model trained on 2 processes, stopped and"
@@ -26,7 +26,7 @@ help:
 	@echo "                              Debian or Ubuntu it installs the packages, otherwise it lists them"
 	@echo "make test-gpu                 the first thing to run on a machine with a GPU: attention, a run, blocks, host memory;"
 	@echo "                              at most 8 minutes; writes bench/results/gpu-NAME.md (docs/gpu.md)"
-	@echo "make test-compile             compiled blocks in all combinations, of which make test has seven; 8 to 15 minutes"
+	@echo "make test-long                layouts, engines and compiled blocks in all combinations of which make test has some"
 	@echo "make chaos                    a run killed 54 times and resumed equals an uninterrupted one; 6 to 10 minutes; in chaos/"
 	@echo "make learn-sync               proof that synchronization is learned: small models from scratch, scored by what"
 	@echo "                              they generate; 1.5 hours on 2 idle cores; the same command resumes; in learn-sync/"
@@ -86,9 +86,9 @@ test-slurm: $(READY)
 	@echo "== the launcher on a real SLURM (8 to 20 minutes)"
 	@$(BIN)/python -m pytest -m slurm tests/slurm
 
-test-compile: $(READY)
-	@echo "== compiled blocks: every kind of recomputation with every way to share tokens (8 to 15 minutes)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/train/parallel/sequence/test_compiled.py
+test-long: $(READY)
+	@echo "== all combinations of which make test has some (20 to 50 minutes on 2 cores)"
+	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long -n 2 --dist loadfile --no-loadscope-reorder --tb=short
 
 test-gpu: $(READY)
 	@echo "== one GPU (at most 8 minutes; a failure is recorded, and the rest runs)"

@@ -31,14 +31,24 @@ environment: dict[str, str] = {}  # before the first test of a file
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="only tests that start no process and cost little")
+    parser.addoption(
+        "--long", action="store_true", help="only tests of which `make test` takes a part, and all of them"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("long"):
+        os.environ[selection.LONG] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    long = config.getoption("long")
+    left_out = {item for item in items if (not selection.is_long(item) if long else item.get_closest_marker("long"))}
     if config.getoption("fast"):
-        left_out = [item for item in items if not selection.is_fast(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
-    elif hasattr(config, "workerinput"):
+        left_out |= {item for item in items if not selection.is_fast(item)}
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = [item for item in items if item not in left_out]
+    if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONG)}
         items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 

@@ -1,5 +1,7 @@
-"""Which tests `make test-fast` takes (`pytest --fast`): those that start no process and cost little.
+"""Which tests run when. `make test-long` (`pytest --long`) has every row of tables of which `make test` takes some
+(`chosen`), and the tests that are marked `long`.
 
+`make test-fast` (`pytest --fast`) has those that start no process and cost little.
 Whether a test starts processes is read off its code: the names that it uses, and the fixtures and functions of `tests`
 that it reaches by them. A test that costs 3 s or more all the same is marked `slow`; `--fast` fails where one without
 the mark costs more than LIMIT, so no list has to be kept. `fast` marks the launch of several ranks that is taken.
@@ -14,14 +16,28 @@ import os
 import subprocess
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from tests.distributed import run_cases
 
+Key, Value = TypeVar("Key"), TypeVar("Value")
+LONG = "MOVA_TEST_LONG"  # variable of the environment, which ranks of a test have too
 LIMIT = 8.0  # seconds of processor time, what is set up for a test included
 STARTERS = (subprocess, multiprocessing, subprocess.Popen, subprocess.run, run_cases)
+
+
+def chosen(table: dict[Key, Value], *keys: Key) -> dict[Key, Value]:
+    """The rows of a table that run: those of `keys` in `make test`, all in `make test-long`. KeyError where one of them
+    is not in the table."""
+    return table if LONG in os.environ else {key: table[key] for key in keys}
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Whether `make test-long` runs this test: it is marked, or its file takes some rows of a table."""
+    names = vars(item.module) if isinstance(item, pytest.Function) else {}
+    return item.get_closest_marker("long") is not None or names.get("chosen") is chosen
 
 
 def is_fast(item: pytest.Item) -> bool:

@@ -106,7 +106,8 @@ FUSED = {
     ),
     "sums of a modulation in bfloat16": ("model/fused.py", "return x.is_cuda or x.dtype.itemsize >= 4", "return True"),
     "a modulation keeps what lies between": (
-        "model/fused.py", "return out if ctx.of_one", "ctx.between = out\n        return out if ctx.of_one",
+        "model/fused.py", "if ctx.of_one:\n            return out.to",
+        "ctx.between = out\n        if ctx.of_one:\n            return out.to",
     ),
 }  # fmt: skip
 OBJECTIVE = {

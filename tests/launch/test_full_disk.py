@@ -17,6 +17,7 @@ from launch.attempts import REFUSED, Attempts, Limits, how_it_ended
 from launch.local.local import LocalConfig
 from launch.slurm import job
 from tests.disks import disk
+from tests.launch.test_launch import runs
 from tests.train import chaos
 from train.checkpoint.checkpoint import committed, damage
 
@@ -48,8 +49,7 @@ def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[bytes], w
 
 
 def workers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    children = psutil.Process(launcher.pid).children()
-    return [one for one in children if psutil.pid_exists(one.pid) and one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in psutil.Process(launcher.pid).children() if runs(one)]
 
 
 def test_a_run_waits_for_room_and_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:

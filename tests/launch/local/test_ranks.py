@@ -2,6 +2,7 @@
 forks of this process that end as told."""
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -14,45 +15,52 @@ from launch.local.ranks import KILL, Ended, Family, early, variables
 from train.faults.stop import STOP_SIGNALS
 
 Start = Callable[..., Family]
+Ready = Callable[[], object]  # called by a rank once it does what it does
 
 
-def sleep(ignores: bool = False) -> int:
+def sleep(ready: Ready, ignores: bool = False) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores else signal.SIG_DFL)
+    ready()
     time.sleep(60)
     return 0
 
 
-def stubborn() -> int:
-    return sleep(ignores=True)
+def stubborn(ready: Ready) -> int:
+    return sleep(ready, ignores=True)
 
 
-def leave(status: int) -> Callable[[], int]:
-    return lambda: status
+def leave(status: int) -> Callable[[Ready], int]:
+    return lambda ready: status
 
 
-def die() -> int:
+def die(ready: Ready) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
 
 
 @pytest.fixture
 def family() -> Iterator[Start]:
-    """family(what each rank does, ...) starts them; none outlives the test, and signals are handled as before."""
+    """family(what each rank does, ...) starts them, and returns when each does it or has ended; none outlives the test,
+    and signals are handled as before."""
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, KILL)}
     pids: list[int] = []
 
-    def start(*acts: Callable[[], int], launcher: int | None = None) -> Family:
+    def start(*acts: Callable[[Ready], int], launcher: int | None = None) -> Family:
         begun = {}
         for rank, act in enumerate(acts):
+            reading, writing = os.pipe()
             if (pid := os.fork()) == 0:
                 status = 99
                 try:
-                    status = act()
+                    status = act(functools.partial(os.write, writing, b"."))
                 finally:
                     os._exit(status)
+            pids.append(pid)
             begun[pid] = rank
-        pids.extend(begun)
-        time.sleep(0.2)  # until they do what they do
+            os.close(writing)
+            if not os.read(reading, 1):  # it ends without a word
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            os.close(reading)
         return Family(begun, os.getppid() if launcher is None else launcher)
 
     yield start
@@ -65,7 +73,8 @@ def family() -> Iterator[Start]:
 
 
 def test_ranks_that_end_well_are_waited_for(family: Start) -> None:
-    def later() -> int:
+    def later(ready: Ready) -> int:
+        ready()
         time.sleep(0.5)
         return 0
 
@@ -80,9 +89,7 @@ def test_when_one_fails_the_others_are_asked_to_end_and_do_not_count(family: Sta
 
 def test_of_those_that_fail_together_the_first_is_one_that_says_why(family: Start) -> None:
     """A status is of a rank that knows, a signal of one that was killed, perhaps for it."""
-    begun = family(die, sleep, leave(1))
-    time.sleep(0.5)
-    ended = begun.wait()
+    ended = family(die, sleep, leave(1)).wait()
     assert ended == Ended(2, 1, (-9, 1))
     assert Ended.of_line(ended.as_line()) == ended and Ended.of_line(Ended().as_line()) == Ended()
 

@@ -370,11 +370,13 @@ def test_every_point_of_the_chaos_is_passed(tmp_path):
     assert {point for point in chaos.POINTS if point != "time"} - passed == set()
 
 
+@pytest.mark.long
 def test_a_chaotic_run_equals_the_unbroken_one(tmp_path):
-    """The short form of `make chaos`."""
+    """The short form of `make chaos`; `make test` has tests/train/test_run.py."""
     assert "killed 6 times" in chaotic(tmp_path, "6")
 
 
+@pytest.mark.long
 def test_killed_runs_go_on_at_other_numbers_of_ranks_and_under_another_engine(tmp_path):
     """2 -> 1 -> 4 (sequence parallel) -> 2, and FSDP2 -> ZeRO 2 -> FSDP2."""
     said = chaotic(tmp_path, "travel")

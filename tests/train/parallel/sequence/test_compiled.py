@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_cases
+from tests.selection import chosen
 from tests.train.parallel.sequence.compiled import BUCKETS, a_step_of_each, many_buckets, not_compiled
 from train.parallel.recompute import KINDS
 
@@ -15,41 +16,30 @@ SHARED: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {  # on how man
     "ring": (2, {"ring": 2}, WITH_SHARED_TOKENS),
     "both": (4, {"ring": 2, "ulysses": 2}, WITH_SHARED_TOKENS),
 }
-ALL_CASES = [f"{shared}, {kind}" for shared in SHARED for kind in KINDS]
-QUICK = [
-    "alone, attention", "ulysses, none", "ulysses, attention", "ulysses, selective", "ring, attention",
-    "both, selective",
-]  # fmt: skip
-EVEN = "ulysses, 12 heads"
-BY_INDUCTOR = [pytest.param("inductor, 1 bucket"), pytest.param("inductor", marks=pytest.mark.matrix)]
-CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.matrix) for name in ALL_CASES]
+CASES = chosen(
+    {f"{shared}, {kind}": (SHARED[shared][0], shared, kind) for shared in SHARED for kind in KINDS},
+    "alone, attention", "ulysses, none", "ring, attention", "both, selective",
+)  # fmt: skip
+BY_INDUCTOR = chosen({"inductor, 1 bucket": (1,), "inductor": ()}, "inductor, 1 bucket")
+MANY = chosen({"buckets, alone": (1, {}, "full"), "buckets, ulysses": (2, {"ulysses": 2}, "none")}, "buckets, alone")
+EVEN = "ulysses, 12 heads"  # that the ranks divide, so they are split in the graph (ulysses.py)
 SENDS_AGAIN = {"all_to_all": ("full", "attention"), "rotations": ("full",)}
 
 
 @pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
-    """What each case that is asked for finds on its ranks."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for world in (1, 2, 4):
-        cases: dict[str, Any] = {}
-        for name in ALL_CASES:
-            ranks, settings, shapes = SHARED[name.split(", ")[0]]
-            if ranks == world and name in asked:
-                cases[name] = a_step_of_each, (settings, name.split(", ")[1], shapes)
-        if world == 1:
-            cases["not compiled"] = not_compiled, ()
-            cases["buckets, alone"] = many_buckets, ({}, "full", ALL)
-        if world == 2:
-            inductor = {"ulysses": 2}, "attention", ("video",), "inductor", "float32"
-            # Heads that the ranks divide are split in the graph (ulysses.py).
-            cases[EVEN] = a_step_of_each, ({"ulysses": 2}, "none", ("video",), "counting", "float64", 3, 12)
-            cases["inductor, 1 bucket"] = a_step_of_each, (*inductor, 1)
-            cases["inductor"] = a_step_of_each, inductor
-            cases["buckets, ulysses"] = many_buckets, ({"ulysses": 2}, "none", ALL)
-        wanted = {name: case for name, case in cases.items() if name in asked or name == "not compiled"}
-        found |= run_cases(world, wanted) if wanted else {}
-    return found
+def ranks() -> dict[str, list[dict[str, Any]]]:
+    """What each case finds on its ranks."""
+    cases: dict[int, dict[str, Any]] = {1: {"not compiled": (not_compiled, ())}, 2: {}, 4: {}}
+    for name, (world, shared, kind) in CASES.items():
+        _, settings, shapes = SHARED[shared]
+        cases[world][name] = a_step_of_each, (settings, kind, shapes)
+    for name, (world, settings, kind) in MANY.items():
+        cases[world][name] = many_buckets, (settings, kind, ALL)
+    for name, buckets in BY_INDUCTOR.items():
+        inductor = {"ulysses": 2}, "attention", ("video",), "inductor", "float32"
+        cases[2][name] = a_step_of_each, (*inductor, *buckets)
+    cases[2][EVEN] = a_step_of_each, ({"ulysses": 2}, "none", ("video",), "counting", "float64", 3, 12)
+    return {name: found for world in cases for name, found in run_cases(world, cases[world]).items()}
 
 
 @pytest.mark.parametrize("name", [*CASES, EVEN, *BY_INDUCTOR])
@@ -96,7 +86,7 @@ def test_what_is_kept_is_not_sent_again(ranks: dict[str, list[dict[str, Any]]], 
                 assert calls.get(what, 0) == expected * found["blocks"], what
 
 
-@pytest.mark.parametrize("name", ["buckets, alone", pytest.param("buckets, ulysses", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", MANY)
 def test_graphs_are_made_for_the_first_buckets_and_serve_all(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
     """None is made for a bucket that was seen, and fewer than half of what a set for each bucket would be; more of a
     piece of code than the limit would be an error."""
