@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +36,11 @@ from tools.bench.ranks import on_ranks
 from tools.bench.record import write_record
 from tools.bench.step import make_batch
 from train.objective.objective import Objective, ObjectiveConfig
+from train.parallel.memory import LiveMemory
 from train.parallel.mesh import ParallelConfig, make_layout
 from train.parallel.parallelize import build_model
-from train.parallel.recompute import KINDS
+from train.parallel.recompute import GIB, KINDS, shape_of, unit_cost, units
+from train.parallel.workload import Workload
 from train.step import forward_backward
 
 CLIP = Bucket(frames=5, height=24, width=40, audio_steps=96, fps=24.0, has_video=True, has_audio=True)
@@ -51,6 +54,7 @@ MODEL = JointConfig(  # 100 M parameters, heads as wide as those of the released
     two_experts=False,
     text_length=128,
 )  # fmt: skip
+WORKLOAD = Workload(1, (CLIP.frames, CLIP.height, CLIP.width), CLIP.audio_steps)
 LEAST = 0.02  # seconds that a kernel runs for in a round, at least
 
 
@@ -59,13 +63,13 @@ class FloorBench:
     """What is compared with the floor.
 
     rounds: of everything in turn
-    kinds: of recomputation; none is always measured
+    kinds: of recomputation; none is always measured. "half": a budget of half of the activations that `none` keeps
     backends: of torch.compile that `none` is also measured with
     output: folder of the record
     """
 
     rounds: int = 7
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    kinds: list[str] = field(default_factory=lambda: [*KINDS, "half"])
     backends: list[str] = field(default_factory=list)
     output: str = "bench/results"
 
@@ -129,30 +133,53 @@ def time_kernel(run: Callable[[], None]) -> float:
     return total / count
 
 
-def build(kind: str, backend: str = "none") -> tuple[JointTransformer, Callable[[], None]]:
-    """A model, and a function that runs it forward and backward through the functions that training uses."""
-    parallel = ParallelConfig(compute_dtype="float32", recompute=kind, compile=backend)
-    layout = make_layout(parallel, torch.device("cpu"))
-    model = build_model(MODEL, parallel, layout, seed=0)
-    objective = Objective(ObjectiveConfig(), MODEL.experts)
-    prepared = make_batch(MODEL, 1, 0, objective, CLIP)
+class Runs:
+    """A model that is run forward and backward through the functions that training uses.
 
-    def run() -> None:
-        forward_backward(model, [prepared], objective.config, "high", layout)
-        for parameter in model.parameters():
+    kept: bytes that forward leaves for backward, activations and what is made of the batch
+    """
+
+    def __init__(self, kind: str, backend: str = "none", gib: float | None = None) -> None:
+        """`gib`: of a budget, with kind "budget"."""
+        parallel = ParallelConfig(compute_dtype="float32", recompute=kind, recompute_gib=gib, compile=backend)
+        self._layout = make_layout(parallel, torch.device("cpu"))
+        self.model = build_model(MODEL, parallel, self._layout, seed=0, workload=WORKLOAD)
+        self._objective = Objective(ObjectiveConfig(), MODEL.experts)
+        self._prepared = make_batch(MODEL, 1, 0, self._objective, CLIP)
+        self.kept = 0
+        if backend == "none":
+            with LiveMemory() as memory:
+                self._step(partial(self._note, memory))
+
+    def __call__(self) -> None:
+        self._step(None)
+        for parameter in self.model.parameters():
             parameter.grad = None
 
-    return model, run
+    def _step(self, backward: Callable[[Tensor, bool], None] | None) -> None:
+        forward_backward(self.model, [self._prepared], self._objective.config, "high", self._layout, backward)
+
+    def _note(self, memory: LiveMemory, loss: Tensor, last: bool) -> None:
+        self.kept = memory.live
+
+
+def half_budget(model: JointTransformer, kept: int) -> float:
+    """GiB for the units of a model such that half of `kept` bytes are kept, of which the rest of it has its part."""
+    shapes = [shape_of(name) for name, module in model.named_modules() if module in set(units(model))]
+    costs = {shape: unit_cost(MODEL, shape, "none", WORKLOAD, 1, torch.float32).kept for shape in set(shapes)}
+    return (sum(costs[shape] for shape in shapes) - kept / 2) / GIB
 
 
 def measure(bench: FloorBench) -> dict[str, Any]:
     """CPU seconds by round: of each kernel of a step and of each model. On a rank of its own."""
-    model, plain = build("none")
-    size = sum(parameter.numel() for parameter in model.parameters())
+    plain = Runs("none")
+    size = sum(parameter.numel() for parameter in plain.model.parameters())
     with Kernels() as kernels:
         plain()
-    runs = {"none": plain} | {kind: build(kind)[1] for kind in bench.kinds if kind != "none"}
-    runs |= {f"none, compiled ({backend})": build("none", backend)[1] for backend in bench.backends}
+    runs = {"none": plain} | {kind: Runs(kind) for kind in bench.kinds if kind not in ("none", "half")}
+    if "half" in bench.kinds:
+        runs["half"] = Runs("budget", gib=half_budget(plain.model, plain.kept))
+    runs |= {f"none, compiled ({backend})": Runs("none", backend) for backend in bench.backends}
     for run in runs.values():
         run()
     alone = {kernel: prepare(kernel) for kernel in kernels.calls}
@@ -167,7 +194,8 @@ def measure(bench: FloorBench) -> dict[str, Any]:
             gc.collect()
             found[name].append(seconds(run))
         print(f"round {number + 1}/{bench.rounds}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in found.items()))
-    return {"seconds": found, "calls": kernels.calls, "size": size}
+    kept = {name: run.kept for name, run in runs.items() if run.kept}
+    return {"seconds": found, "calls": kernels.calls, "size": size, "kept": kept}
 
 
 def table(measured: dict[str, Any], loads: tuple[float, float]) -> list[tuple[str, str]]:
@@ -188,6 +216,11 @@ def table(measured: dict[str, Any], loads: tuple[float, float]) -> list[tuple[st
     for name in list(found)[3:]:
         ratios = [a / b for a, b in zip(found[name], found["none"], strict=True)]
         rows.append((f"`{name}` over `none`", _spread(ratios, "", 3)))
+    most = measured["kept"]["none"]
+    rows += [
+        (f"`{name}` keeps for backward", f"{kept / GIB:.3f} GiB, {kept / most:.1%} of `none`")
+        for name, kept in measured["kept"].items()
+    ]
     return rows
 
 
@@ -213,7 +246,8 @@ NOTES = (
     "a round. One clip of 5 x 24 x 40 latents with 96 steps of sound and 128 rows of text. The kernels are the calls "
     "of `linear` and `scaled_dot_product_attention` in a forward of the model, in their shapes and strides, each run "
     "alone forward and backward until 20 ms are full. The models run through `train.step.forward_backward`, loss "
-    "included, as one rank; no update."
+    "included, as one rank; no update. `half` is `parallel.recompute=budget` with half of the bytes that `none` keeps; "
+    "what is kept was counted at the end of a forward."
 )
 
 

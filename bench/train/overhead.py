@@ -32,6 +32,7 @@ from tools.bench.record import write_record
 from tools.bench.step import CLIP
 from train import loop, ready
 from train.checkpoint.checkpoint import CheckpointConfig
+from train.checkpoint.saver import Saver
 from train.config import RunConfig, TrainConfig
 from train.data_config import DataConfig
 from train.monitor.bridge_probe import BridgeProbe
@@ -52,6 +53,8 @@ CODE: dict[str, tuple[type, tuple[str, ...]]] = {
     "the Bridge's part": (BridgeProbe, ("_look",)),
     "metrics.jsonl and display": (Monitor, ("step",)),
     "profiling requests": (Profiler, ("step", "requested")),
+    "the next batch of the stream": (loop.Training, ("_next_batch",)),
+    "copies for checkpoints, and word of them": (Saver, ("begin", "settle", "due_by_clock", "failed")),
 }
 
 
@@ -86,7 +89,7 @@ class Run:
     wall: of each step
     cpu: of the training thread, all steps
     process: of all threads of the process, all steps
-    inside: of monitoring's code, all steps, by what was done (wall time)
+    inside: of code that a bare step does not run, all steps, by what was done (wall time)
     """
 
     wall: list[float]
@@ -230,12 +233,12 @@ def _times(found: dict[str, list[Run]]) -> list[tuple[str, str]]:
 
 
 def _inside(found: dict[str, list[Run]]) -> list[tuple[str, str]]:
-    """Rows: time between call and return of monitoring's code."""
-    runs = found["monitored"] + found["whole"]
+    """Rows: time between call and return of what a bare step does not run, in whole runs."""
+    runs = found["whole"]
     total, count = sum(sum(run.wall) for run in runs), sum(len(run.wall) for run in runs)
     inside = {what: sum(run.inside[what] for run in runs) for what in CODE}
     return [
-        ("inside monitoring's code, of the step time", f"{sum(inside.values()) / total:.3%}"),
+        ("whole run: inside all that a bare step lacks, of the step time", f"{sum(inside.values()) / total:.3%}"),
         *((f"- {what}", f"{s / total:.3%}, {1e6 * s / count:.0f} µs a step") for what, s in inside.items()),
     ]
 
@@ -261,7 +264,8 @@ NOTES = (
     "docs/monitoring.md as by default (`monitor.every=10`), W&B offline with its thread in the trainer's process. "
     "Whole: batches read from shards besides, and a checkpoint every {save_every} steps, written in the background; "
     "its wall time has the copy that training waits for. Means of all timed steps of a run; a round compares runs "
-    "that follow each other."
+    "that follow each other, so what changes on the machine is in these differences. The times inside are wall time of "
+    "the training thread between call and return, in the same steps as what they are divided by."
 )
 
 

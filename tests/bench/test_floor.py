@@ -10,6 +10,7 @@ from model.bridge import BridgeConfig
 from model.joint import JointConfig
 from model.tower import TowerConfig
 from tests.distributed import run_cases
+from train.parallel.workload import Workload
 
 MODEL = JointConfig(
     TowerConfig(dim=64, num_heads=2, num_layers=2, ffn_dim=96, in_dim=36, out_dim=16, text_dim=24),
@@ -26,7 +27,8 @@ VIDEO, AUDIO, TEXT = 2 * 2 * 3, 11, 7  # tokens, rows
 
 def measured() -> dict:
     floor.MODEL, floor.CLIP, floor.LEAST = MODEL, CLIP, 1e-4  # of a process of this test's own
-    return floor.measure(floor.FloorBench(rounds=1, kinds=["none", "full"]))
+    floor.WORKLOAD = Workload(1, (CLIP.frames, CLIP.height, CLIP.width), CLIP.audio_steps)
+    return floor.measure(floor.FloorBench(rounds=1, kinds=["none", "full", "half"]))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ def test_a_model_takes_longer_than_its_kernels(found):
     kernels = seconds["linear"][0] + seconds["attention"][0]
     assert len(seconds["none"]) == len(seconds["full"]) == 1 and kernels > 0
     assert seconds["none"][0] / kernels > 1 and seconds["full"][0] / kernels > 1
+    assert found["kept"]["full"] < found["kept"]["half"] <= 0.5 * found["kept"]["none"]
     rows = dict(floor.table(found, (1.0, 2.0)))
     assert rows["kernels of a step, distinct ones"] == f"{found['calls'].total()}, {len(found['calls'])}"
     assert rows["`none` over the floor"].startswith(f"{seconds['none'][0] / kernels:.3f} ")

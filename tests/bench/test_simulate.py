@@ -5,16 +5,18 @@ import multiprocessing
 import pytest
 
 from bench.train.simulate import Simulation, simulate
+from tests.selection import chosen
 
 CLIP = ((12, 16, 16), 103)  # 768 video tokens
 SETTINGS = {"compute_dtype": "bfloat16", "recompute": "full", "ulysses": 1}
 # One case at full size: what takes its time are the process groups, whose number grows with the ranks.
-CASES = {
+EVERY = {
     "ulysses 1": Simulation(64, SETTINGS, CLIP),
     "ulysses 4": Simulation(64, {**SETTINGS, "ulysses": 4}, CLIP),
     "both, replicated": Simulation(1024, {**SETTINGS, "ulysses": 2, "ring": 4, "dp_replicate": 16}, CLIP),
     "on the host": Simulation(64, {**SETTINGS, "ulysses": 4, "optimizer_state": "host"}, CLIP),
 }
+CASES = chosen(EVERY, "ulysses 1", "ulysses 4", "on the host")
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,20 @@ from model.convert import load_mova
 from model.weights.files import SafetensorsFiles
 from tests import weights as made
 from tests.distributed import run_cases
+from tests.selection import chosen
 from tests.shards import make_dataset
 from tests.train.runs import metrics, train
 from tests.train.starts import start_and_save, whole_model
 from train.start.weights import told as told_of
 
 BUCKET = Bucket(frames=2, height=2, width=2, audio_steps=5, fps=24.0, has_video=True, has_audio=True)
+TAKEN = chosen(  # of a folder by each layout
+    {
+        "mova-fsdp2": {}, "mova-hsdp": {"dp_replicate": 2},
+        **{f"mova-zero{stage}": {"engine": f"zero{stage}"} for stage in (1, 2, 3)},
+    },
+    "mova-fsdp2", "mova-hsdp", "mova-zero3",
+)  # fmt: skip
 STILL = ["optim.lr_tower=0", "optim.lr_bridge=0", "steps=1", "validation.every=0", "ema.decay=0.9"]
 
 
@@ -60,10 +68,7 @@ def outcomes(root: Path) -> dict:
         "mova-fsdp2": (source_run, (root, data, "mova-fsdp2", f"init.source={root}/mova", f"data.valid_path={data}")),
         "mova-again": (source_run, (root, data, "mova-fsdp2", f"init.source={root}/mova", "steps=2")),
         "one": saved(root, "one", {"source": f"{first}/checkpoints/step-00000003"}),
-        "mova-hsdp": saved(root, "mova-hsdp", mova, dp_replicate=2),
-        "mova-zero1": saved(root, "mova-zero1", mova, engine="zero1"),
-        "mova-zero2": saved(root, "mova-zero2", mova, engine="zero2"),
-        "mova-zero3": saved(root, "mova-zero3", mova, engine="zero3"),
+        **{name: saved(root, name, mova, **layout) for name, layout in TAKEN.items() if layout},
         "expert": saved(root, "expert", {"source": f"{root}/one expert"}),
         "parts": saved(root, "parts", {**towers, "bridge": "zero"}),
         "drawn": saved(root, "drawn", {**towers, "bridge": "fresh"}, engine="zero2"),
@@ -96,7 +101,7 @@ def test_weights_are_taken_and_the_optimizer_is_fresh(root: Path, outcomes: dict
     assert f"tensors of {root}/first/checkpoints/step-00000003 (checkpoint, float32" in outcomes[run][0]["said"]
 
 
-@pytest.mark.parametrize("run", ["mova-fsdp2", "mova-hsdp", "mova-zero1", "mova-zero2", "mova-zero3"])
+@pytest.mark.parametrize("run", TAKEN)
 def test_a_folder_is_taken_slice_by_slice(root: Path, outcomes: dict, run: str) -> None:
     """Every rank reads its own ranges; together they are the folder's tensors. Averages begin from them."""
     given = load_mova(root / "mova").state_dict()

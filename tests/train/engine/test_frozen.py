@@ -70,9 +70,7 @@ EVERY_SENT: dict[str, tuple[list[str], str, dict[str, Any]]] = {  # what trains,
 }
 SENT = chosen(EVERY_SENT, "bridge", "bridge, hsdp, bf16", "audio alone", "low", "video alone", "nothing in it")
 BF16 = {"engine": "zero2", "compute_dtype": "bfloat16"}
-FIFTY = chosen(
-    {"fsdp2": {}, "zero1": ZERO["zero1"], "zero2, bf16": BF16, "zero3": ZERO["zero3"]}, "fsdp2", "zero2, bf16"
-)
+FIFTY = chosen({"fsdp2": {}, "zero1": ZERO["zero1"], "zero2, bf16": BF16, "zero3": ZERO["zero3"]}, "zero2, bf16")
 NOTHING = chosen(dict.fromkeys(("fsdp2", "zero2", "zero3")), "fsdp2", "zero3")
 EVERY_PRESET = {  # and the data that they get: the parts that learn
     ("audio_pretrain", "sound"): {"audio_dit"},
@@ -81,7 +79,7 @@ EVERY_PRESET = {  # and the data that they get: the parts that learn
     ("joint_warm", "data"): {"dual_tower_bridge"},
     ("joint", "data"): {"video_dit", "video_dit_2", "audio_dit", "dual_tower_bridge"},
 }
-PRESETS = chosen(EVERY_PRESET, ("audio_pretrain", "sound"), ("video_continue", "data"), ("joint_warm", "data"))
+PRESETS = chosen(EVERY_PRESET, ("audio_pretrain", "sound"), ("joint_warm", "data"))
 CLIP = Bucket(frames=2, height=4, width=4, audio_steps=9, fps=24.0, has_video=True, has_audio=True)
 
 

@@ -12,6 +12,7 @@ import torch
 from core.errors import RunError
 from data.loader.state import DataState
 from tests.distributed import run_cases
+from tests.selection import chosen
 from tests.train import cases
 from tests.train.cases import CONFIG, OPTIM, global_batch, reference_model, tiny_config
 from tests.train.engine.zero_cases import relative, steps, whole
@@ -33,6 +34,7 @@ LAYOUTS = {
     "host": {"optimizer_state": "host"},
     **{f"zero{stage}": {"engine": f"zero{stage}"} for stage in (1, 2, 3)},
 }
+TRAINED = chosen(LAYOUTS, "fsdp2", "host", "zero1", "zero3")
 
 
 class Momentum(torch.optim.Optimizer):
@@ -163,7 +165,7 @@ def refused(layout_name: str, kind: Any) -> str:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimizer")
-    two = {name: (trained, (name,)) for name in LAYOUTS}
+    two = {name: (trained, (name,)) for name in TRAINED}
     two |= {f"resumed {name}": (resumed, (folder / "two", name)) for name in ("fsdp2", "zero3")}
     two |= {
         "matrix": (refused, ("fsdp2", Matrix)), "rows": (refused, ("fsdp2", Rows)), "cut": (refused, ("zero1", Rows)),
@@ -178,7 +180,7 @@ def check(result: dict) -> None:
     assert result["counts"] == {"video_dit": 2, "video_dit_2": 1, "audio_dit": 3, "dual_tower_bridge": 3}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_another_optimizer_trains_under_every_engine(ranks, name):
     """The updates of one process, the step that is not finite suppressed, the norm of the update as the weights say."""
     for result in ranks[1][name]:

@@ -40,7 +40,6 @@ TWO = chosen(
     EVERY_TWO,
     "fsdp, 12 heads", "fsdp, recomputed, accumulated", "fsdp, given", "fsdp, compiled", "replicas, 3 heads",
     "ulysses 2, 12 heads, accumulated", "ulysses 2, 3 heads, recomputed but attention", "ring 2, 5 heads",
-    "ring 2, mute",
 )  # fmt: skip
 EVERY_FOUR = {
     "fsdp 4, 12 heads": Case(12, 1, {}, steps=2),
