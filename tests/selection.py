@@ -22,7 +22,8 @@ import pytest
 
 from tests.distributed import run_cases
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 LONG = "MOVA_TEST_LONG"  # variable of the environment, which ranks of a test have too
 LIMIT = 8.0  # seconds of processor time, what is set up for a test included
 STARTERS = (subprocess, multiprocessing, subprocess.Popen, subprocess.run, run_cases)
