@@ -230,6 +230,9 @@ class Training(ReadyRun):
         `asked`: what `_step` returned."""
         config, state = self.config, self.state
         stopping, due = asked.stop, _due_validation(config, state.step)
+        if _due(config.guard.straggler_every, state.step):  # before it is collected
+            assert self._under_way is not None, "a step has just run"
+            self._under_way.details.update(tell(self.lag.compare(), state.step, self.monitor))
         if due or stopping or state.step == config.steps:
             self._collect()
         if due:
@@ -238,10 +241,6 @@ class Training(ReadyRun):
             self.meter.stall("validation", time.perf_counter() - begin)
         if _due(config.parallel.replica_check, state.step):
             self._compare_replicas()
-        if _due(config.guard.straggler_every, state.step):
-            slow = tell(self.lag.compare(), state.step, self.monitor)
-            if self._under_way is not None:
-                self._under_way.details.update(slow)
         if self._asked.save_failed:
             self.saver.settle()
         last = state.step == config.steps or stopping

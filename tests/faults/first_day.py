@@ -325,6 +325,11 @@ FIRST_DAY = {
         "tools/watch.py", '    print_without_fail("stdout", "stderr")', "    pass",
         ["tests/tools/test_watch.py", "-k", "stays_full"],
     ),
+    "slow ranks are added to metrics that are written": (
+        "train/loop.py", "state.step):  # before it is collected\n",
+        "state.step):  # before it is collected\n            self._collect()\n",
+        ["tests/train/faults/test_faults.py", "-k", "waits_for_its_data"],
+    ),
     "a file that gets its name is missed by who makes room": (
         "data/storage/cache.py", 'with self.lock("names"):  # a file', "if True:  # a file",
         ["tests/data/storage/test_storage.py", "-k", "gets_its_name"],
