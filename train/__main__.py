@@ -35,6 +35,7 @@ from train.faults.garbage import importing
 from train.faults.stop import StopRequest
 from train.faults.watchdog import record_nccl
 from train.parallel.descriptors import raise_limit
+from train.parallel.host_memory import keep_freed_memory
 from train.parallel.mesh import make_layout, start_process_group
 from train.start.model import with_model
 
@@ -55,6 +56,8 @@ def main(call: Call[TrainConfig]) -> None:
         record_nccl(RunDir.of(typed.run.root, typed.run.id))
         timeout = timedelta(minutes=typed.guard.timeout_minutes)
         device = start_process_group(timeout)
+        if device.type == "cpu":
+            keep_freed_memory()
         run(typed, resolved, make_layout(typed.parallel, device, timeout), stop)
         with end_within(CLOSING):
             dist.destroy_process_group()

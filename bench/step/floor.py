@@ -171,7 +171,7 @@ def half_budget(model: JointTransformer, kept: int) -> float:
 
 
 def measure(bench: FloorBench) -> dict[str, Any]:
-    """CPU seconds by round: of each kernel of a step and of each model. On a rank of its own."""
+    """CPU seconds by round: of a step's kernels by name, and of each model. On a rank of its own."""
     plain = Runs("none")
     size = sum(parameter.numel() for parameter in plain.model.parameters())
     with Kernels() as kernels:
@@ -183,37 +183,40 @@ def measure(bench: FloorBench) -> dict[str, Any]:
     for run in runs.values():
         run()
     alone = {kernel: prepare(kernel) for kernel in kernels.calls}
-    found: dict[str, list[float]] = {name: [] for name in ("linear", "attention", *runs)}
+    floor: dict[str, list[float]] = {name: [] for name in ("linear", "attention")}
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(bench.rounds):
-        sums = dict.fromkeys(("linear", "attention"), 0.0)
+        sums = dict.fromkeys(floor, 0.0)
         for kernel, count in kernels.calls.items():
             sums[kernel.name] += count * time_kernel(alone[kernel])
         for name, total in sums.items():
-            found[name].append(total)
+            floor[name].append(total)
         for name, run in runs.items():
             gc.collect()
             found[name].append(seconds(run))
-        print(f"round {number + 1}/{bench.rounds}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in found.items()))
+        last = {f"{name} kernels": values[-1] for name, values in floor.items()}
+        last |= {name: values[-1] for name, values in found.items()}
+        print(f"round {number + 1}/{bench.rounds}: " + ", ".join(f"{k} {v:.2f} s" for k, v in last.items()))
     kept = {name: run.kept for name, run in runs.items() if run.kept}
-    return {"seconds": found, "calls": kernels.calls, "size": size, "kept": kept}
+    return {"kernels": floor, "seconds": found, "calls": kernels.calls, "size": size, "kept": kept}
 
 
 def table(measured: dict[str, Any], loads: tuple[float, float]) -> list[tuple[str, str]]:
     """The rows of the record."""
-    found = measured["seconds"]
-    floors = [sum(parts) for parts in zip(found["linear"], found["attention"], strict=True)]
+    found, kernels = measured["seconds"], measured["kernels"]
+    floors = [sum(parts) for parts in zip(kernels["linear"], kernels["attention"], strict=True)]
     rows = [
         ("parameters", f"{measured['size']:,}"),
         ("load of the machine before and after, one minute", f"{loads[0]:.1f}, {loads[1]:.1f}"),
         ("kernels of a step, distinct ones", f"{measured['calls'].total()}, {len(measured['calls'])}"),
         ("floor: the kernels, each alone", _spread(floors, "s", 3)),
-        ("- linear", _spread(found["linear"], "s", 3)),
-        ("- attention", _spread(found["attention"], "s", 3)),
+        ("- linear", _spread(kernels["linear"], "s", 3)),
+        ("- attention", _spread(kernels["attention"], "s", 3)),
     ]
-    for name in list(found)[2:]:
+    for name in found:
         ratios = [a / b for a, b in zip(found[name], floors, strict=True)]
         rows.append((f"`{name}` over the floor", f"{_spread(ratios, '', 3)}; {_spread(found[name], 's', 3)}"))
-    for name in list(found)[3:]:
+    for name in list(found)[1:]:
         ratios = [a / b for a, b in zip(found[name], found["none"], strict=True)]
         rows.append((f"`{name}` over `none`", _spread(ratios, "", 3)))
     most = measured["kept"]["none"]

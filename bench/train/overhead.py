@@ -46,7 +46,8 @@ STUDENT = (  # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
 )  # fmt: skip
-WARM = 5  # steps before those that are timed
+WARM = 5  # steps before those that are timed, and before them the first checkpoint of a run that saves some
+COPIES = "copies for checkpoints"
 CODE: dict[str, tuple[type, tuple[str, ...]]] = {
     "metrics of the device": (Metrics, ("begin", "sums")),
     "metrics of the host": (Metrics, ("host", "read")),
@@ -54,7 +55,8 @@ CODE: dict[str, tuple[type, tuple[str, ...]]] = {
     "metrics.jsonl and display": (Monitor, ("step",)),
     "profiling requests": (Profiler, ("step", "requested")),
     "the next batch of the stream": (loop.Training, ("_next_batch",)),
-    "copies for checkpoints, and word of them": (Saver, ("begin", "settle", "due_by_clock", "failed")),
+    COPIES: (Saver, ("begin",)),
+    "word of checkpoints": (Saver, ("settle", "due_by_clock", "failed")),
 }
 
 
@@ -66,7 +68,7 @@ class OverheadBench:
     """What is trained, and how often.
 
     clips: of a batch
-    steps: of a run, a multiple of 10
+    steps: that are timed of a run, a multiple of 10
     save_every: steps between checkpoints of the whole run
     rounds: times that each kind of run is trained
     processes: that train
@@ -75,9 +77,9 @@ class OverheadBench:
 
     model: JointConfig = MISSING
     clips: int = 2
-    steps: int = 60
+    steps: int = 40
     save_every: int = 20
-    rounds: int = 8
+    rounds: int = 5
     processes: int = 1
     output: str = "bench/results"
 
@@ -90,12 +92,14 @@ class Run:
     cpu: of the training thread, all steps
     process: of all threads of the process, all steps
     inside: of code that a bare step does not run, all steps, by what was done (wall time)
+    first_copy: of the copies for checkpoints before the timed steps
     """
 
     wall: list[float]
     cpu: float
     process: float
     inside: dict[str, float]
+    first_copy: float = 0.0
 
 
 class _Nothing:
@@ -130,10 +134,12 @@ def _replace(owner: Any, name: str, put: Callable[[Any], Any]) -> None:
     setattr(owner, name, put(getattr(owner, name)))
 
 
-def train_once(config: TrainConfig, kind: str) -> Run:
-    """One run of a kind of KINDS. In a process of its own, since parts of the trainer are replaced."""
+def train_once(config: TrainConfig, kind: str, warm: int) -> Run:
+    """One run of a kind of KINDS, timed from step `warm` on. In a process of its own, since parts of the trainer are
+    replaced."""
     clocks: list[tuple[float, float, float]] = []
-    inside = dict.fromkeys(CODE, 0.0)
+    under_way: list[str] = []
+    inside, before = dict.fromkeys(CODE, 0.0), dict.fromkeys(CODE, 0.0)
 
     def noted(forward_backward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -145,12 +151,17 @@ def train_once(config: TrainConfig, kind: str) -> Run:
     def timed(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def put(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **keys: Any) -> Any:
+                if under_way:  # called by another of CODE, which counts it
+                    return function(*arguments, **keys)
                 begin = time.perf_counter()
+                under_way.append(what)
                 try:
                     return function(*arguments, **keys)
                 finally:
-                    if WARM < len(clocks) <= config.steps:
-                        inside[what] += time.perf_counter() - begin
+                    under_way.clear()
+                    if len(clocks) <= config.steps:  # the checkpoint at the end is no part of a step
+                        times = inside if len(clocks) > warm else before
+                        times[what] += time.perf_counter() - begin
 
             return call
 
@@ -168,11 +179,11 @@ def train_once(config: TrainConfig, kind: str) -> Run:
         _replace(loop.Training, "_next_batch", _kept)
     os.environ["WANDB_SILENT"] = "true"
     loop.run(config, asdict(config), make_layout(config.parallel, torch.device("cpu")))
-    timed_clocks = clocks[WARM:]
-    assert len(timed_clocks) == config.steps - WARM, "forward_backward was not called once a step"
+    timed_clocks = clocks[warm:]
+    assert len(timed_clocks) == config.steps - warm, "forward_backward was not called once a step"
     wall = [after[0] - before[0] for before, after in zip(timed_clocks, timed_clocks[1:], strict=False)]
     first, last = timed_clocks[0], timed_clocks[-1]
-    return Run(wall, last[1] - first[1], last[2] - first[2], inside)
+    return Run(wall, last[1] - first[1], last[2] - first[2], inside, before[COPIES])
 
 
 def _kept(next_batch: Callable[..., list[Prepared]]) -> Callable[..., list[Prepared]]:
@@ -201,14 +212,16 @@ def measure(bench: OverheadBench) -> list[tuple[str, str]]:
         make_shards(Path(folder) / "data", CLIP, 16, (bench.model.text_length, bench.model.video.text_dim))
         for number in range(bench.rounds):
             for kind in KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]:
+                saves = kind == "whole"
+                warm = WARM + bench.save_every * saves
                 config = TrainConfig(
                     run=RunConfig(id=f"{number}-{kind}", root=f"{folder}/runs"),
-                    steps=WARM + bench.steps + 1,
+                    steps=warm + bench.steps + 1,
                     model=bench.model,
                     data=DataConfig(path=f"{folder}/data", batch_size=bench.clips),
-                    checkpoint=CheckpointConfig(every=bench.save_every if kind == "whole" else 0, minutes=0),
+                    checkpoint=CheckpointConfig(every=bench.save_every * saves, minutes=0),
                 )
-                found[kind].append(on_ranks(bench.processes, train_once, config, kind)[0])
+                found[kind].append(on_ranks(bench.processes, train_once, config, kind, warm)[0])
                 median = statistics.median(found[kind][-1].wall)
                 print(f"round {number + 1}/{bench.rounds}, {kind}: {median:.4f} s a step", flush=True)
                 shutil.rmtree(f"{folder}/runs")
@@ -237,9 +250,11 @@ def _inside(found: dict[str, list[Run]]) -> list[tuple[str, str]]:
     runs = found["whole"]
     total, count = sum(sum(run.wall) for run in runs), sum(len(run.wall) for run in runs)
     inside = {what: sum(run.inside[what] for run in runs) for what in CODE}
+    first = statistics.mean(run.first_copy for run in runs)
     return [
         ("whole run: inside all that a bare step lacks, of the step time", f"{sum(inside.values()) / total:.3%}"),
         *((f"- {what}", f"{s / total:.3%}, {1e6 * s / count:.0f} µs a step") for what, s in inside.items()),
+        ("the first copy of a run, which allocates its memory", f"{first:.2f} s"),
     ]
 
 
@@ -250,6 +265,8 @@ def run(call: Call[OverheadBench]) -> None:
         raise UserError(f"rounds={bench.rounds}: give 2 to {len(STUDENT) + 1}, for a confidence interval")
     if bench.steps < 10 or bench.steps % 10:
         raise UserError(f"steps={bench.steps}: give a multiple of 10, so that one step in ten has the norms")
+    if bench.save_every < 1 or bench.steps % bench.save_every:
+        raise UserError(f"save_every={bench.save_every} of steps={bench.steps}: give a divisor, for whole intervals")
     name = call.choices["model"]
     title = (
         f"What a run costs beyond its bare step: `{name}`, {bench.processes} process(es), {bench.clips} clips a step"
@@ -263,9 +280,10 @@ NOTES = (
     "requests and checkpoints; the loss is still summed over ranks. Monitored: the same batch, every metric of "
     "docs/monitoring.md as by default (`monitor.every=10`), W&B offline with its thread in the trainer's process. "
     "Whole: batches read from shards besides, and a checkpoint every {save_every} steps, written in the background; "
-    "its wall time has the copy that training waits for. Means of all timed steps of a run; a round compares runs "
-    "that follow each other, so what changes on the machine is in these differences. The times inside are wall time of "
-    "the training thread between call and return, in the same steps as what they are divided by."
+    "its wall time has the copy that training waits for, but for the first one of a run, which has a row. Means of all "
+    "timed steps of a run; a round compares runs that follow each other, so what changes on the machine is in these "
+    "differences. The times inside are wall time of the training thread between call and return, in the same steps as "
+    "what they are divided by. By default a run saves a checkpoint every 8 minutes."
 )
 
 

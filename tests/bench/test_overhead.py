@@ -16,12 +16,11 @@ from train.config import compose_train
 CLIP = Bucket(frames=2, height=4, width=4, audio_steps=5, fps=24.0, has_video=True, has_audio=True)
 
 
-def one_run(kind: str, folder: str) -> dict[str, Any]:
-    overhead.WARM = 2  # of this process alone
+def one_run(kind: str, folder: str, warm: int = 2) -> dict[str, Any]:
     every = "checkpoint.every=3" if kind == "whole" else "checkpoint.every=0"
     given = [f"run.root={folder}", f"run.id={kind}", f"data.path={folder}/data", "steps=7", "checkpoint.minutes=0"]
     config, _ = compose_train([*SMALL, *given, every, "monitor.wandb=offline", "validation.every=0"])
-    return vars(overhead.train_once(config, kind))
+    return vars(overhead.train_once(config, kind, warm))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,14 @@ def test_the_whole_run_alone_saves_on_its_way(runs: dict[str, Any], root: Path) 
 
 def test_times_are_of_all_steps_but_the_first(runs: dict[str, Any]) -> None:
     for run in runs.values():
-        assert len(run["wall"]) == 4 and run["process"] >= run["cpu"] > 0
+        assert len(run["wall"]) == 4 and run["process"] >= run["cpu"] > 0 and run["first_copy"] == 0
+
+
+def test_the_first_copy_is_apart_where_it_comes_before_the_timed_steps(root: Path, runs: dict[str, Any]) -> None:
+    folder = root / "late"
+    make_dataset(folder / "data", [(CLIP, 12)])
+    (run,) = run_cases(1, {"late": (one_run, ("whole", str(folder), 5))})["late"]
+    assert len(run["wall"]) == 1 and run["first_copy"] > 0
 
 
 def test_a_batch_is_kept() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from core.errors import UserError
+from train.parallel.host_memory import keep_freed_memory
 
 GRACE = 5.0  # seconds that ranks have to end once one has failed, and again after SIGTERM
 
@@ -67,6 +68,8 @@ def _run(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    else:
+        keep_freed_memory()  # as `mova train` does
     if together:
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
     else:

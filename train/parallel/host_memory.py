@@ -1,4 +1,4 @@
-"""Host memory of GPU runs: page-locked allocations, how much a layout needs, and how much is available.
+"""Host memory: page-locked allocations for GPU runs, how much a layout needs, how much is available; freed memory.
 
 torch's allocator of page-locked memory rounds each tensor up to a power of two: 548 GiB where 365 are needed. Here all
 tensors of one purpose lie in one ordinary allocation, which is page-locked as it is.
@@ -6,6 +6,7 @@ tensors of one purpose lie in one ordinary allocation, which is page-locked as i
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import weakref
@@ -23,6 +24,8 @@ from train.parallel.mesh import ParallelConfig, check_degrees
 from train.parallel.parts import ALL, tower_of
 
 ALIGNMENT = 64  # bytes, of each tensor
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+MOST_IN_HEAP = 2**25  # bytes; the largest threshold that glibc takes
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 K = TypeVar("K", bound=Hashable)
@@ -44,6 +47,19 @@ def allocate(like: Mapping[K, Tensor], page_locked: bool) -> dict[K, Tensor]:
         key: whole[starts[key] : starts[key] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for key, tensor in like.items()
     }
+
+
+def keep_freed_memory() -> bool:
+    """For a run on a CPU: let this process's allocator keep what is freed, since the next step needs as much again.
+
+    glibc would return it to the kernel, which hands out each page anew, filled with zeros. Tensors of more than
+    MOST_IN_HEAP still go there: in the heap, where each asks for a little more than its size, one that was freed would
+    not fit the next of the same size. Returns whether the C library can do so (mallopt of glibc).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(M_MMAP_THRESHOLD, MOST_IN_HEAP))
 
 
 def lock_pages(whole: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Host memory: one allocation, reckoned before it is needed; ZeRO's whole weights against a device's memory."""
 
+import platform
+import resource
 import threading
 from types import SimpleNamespace
 
@@ -11,12 +13,13 @@ from core.errors import RunError
 from core.run_dir import RunDir
 from launch.slurm.memory import memory_shortage
 from model.joint import JointConfig, JointTransformer
+from tests.distributed import run_cases
 from tests.train.cases import tiny_config
 from train.checkpoint import saver
 from train.checkpoint.saver import HostCopy
 from train.engine.zero_memory import device_memory, refuse_what_cannot_fit, zero_bytes
 from train.parallel import host_memory
-from train.parallel.host_memory import allocate, available_bytes, host_bytes, shortage
+from train.parallel.host_memory import allocate, available_bytes, host_bytes, keep_freed_memory, shortage
 from train.parallel.mesh import ParallelConfig
 
 GIB = 2**30
@@ -178,3 +181,18 @@ def test_zero_1_and_2_with_a_model_that_cannot_fit_are_refused_with_the_sum():
 def test_a_gpu_says_what_it_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
     assert device_memory(torch.device("cuda", 3)) == 80 * GIB and device_memory(torch.device("cpu")) is None
+
+
+def page_faults_after_one_was_freed() -> int:
+    """Pages that the kernel hands out for a tensor of 8 MB, when one of 16 MB was freed before."""
+    assert keep_freed_memory()
+    torch.ones(2**22)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**21)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt(3) is glibc's")
+def test_freed_memory_is_used_again_without_the_kernel():
+    ((faults,),) = run_cases(1, {"second": (page_faults_after_one_was_freed, ())}).values()
+    assert faults < 64  # of 2,048 pages
