@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,17 @@ from model.rope import Rotary
 class AttentionCore(Protocol):
     """What an attention computes between its projections: the one seam that sequence parallelism replaces."""
 
+    def start(self, x: Tensor, after: Any = None) -> Any:
+        """Called for v, then for q with `after` = what v became, as soon as each is there [B, L, H, D]: what it returns
+        takes the tensor's place in the call. A core that moves tensors between ranks begins to."""
+        return x
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, Lq, H, D], k and v [B, Lk, H, D] -> [B, Lq, H, D]."""
         ...
 
 
-class DenseCore:
+class DenseCore(AttentionCore):
     """Attention of one process over the whole sequence."""
 
     def __init__(self, backend: Backend | None = None) -> None:
@@ -67,11 +72,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, y: Tensor, rotary_q: Rotary | None = None, rotary_k: Rotary | None = None) -> Tensor:
         """x [B, Lq, dim] gives queries, y [B, Lk, kv_dim] keys and values; tables rotate q and k by position. Returns
         [B, Lq, dim]."""
+        v = self.core.start(self.v(y).unflatten(-1, (self.num_heads, -1)))  # [B, Lk, H, D]
         q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # [B, Lq, H, D]
-        k = self.norm_k(self.k(y)).unflatten(-1, (self.num_heads, -1))  # [B, Lk, H, D]
-        v = self.v(y).unflatten(-1, (self.num_heads, -1))
         if rotary_q is not None:
             q = rotary_q.turn(q)
+        q = self.core.start(q, after=v)
+        k = self.norm_k(self.k(y)).unflatten(-1, (self.num_heads, -1))  # [B, Lk, H, D]
         if rotary_k is not None:
             k = rotary_k.turn(k)
         out: Tensor = self.o(self.core(q, k, v).flatten(2))

@@ -159,7 +159,7 @@ def layer_stages(shape: TransformerShape, setup: Setup) -> tuple[list[Stage], li
     forward, backward = [], []
     for number in range(shape.layers):
         there, back = _layer(shape, setup, number < setup.recomputed)
-        sent, returned = _exchanges(shape, setup, number < setup.recomputed)
+        sent, returned = _exchanges(shape, setup, number < setup.recomputed, (_attention(there), _attention(back)))
         weights = shape.layer_weights // setup.tensor
         gathered = BF16 * weights * setup.gathers
         forward.append(Stage(f"layer {number}", there, sent, gathered))
@@ -188,9 +188,16 @@ def _part(kernel: Kernel, share: float) -> Kernel:
     return kernel._replace(flops=int(kernel.flops * share), bytes=int(kernel.bytes * share))
 
 
-def _exchanges(shape: TransformerShape, setup: Setup, again: bool) -> tuple[list[Exchange], list[Exchange]]:
+def _attention(kernels: list[Kernel]) -> list[Kernel]:
+    return [one for one in kernels if one.kind.startswith("attention")]
+
+
+def _exchanges(
+    shape: TransformerShape, setup: Setup, again: bool, behind: tuple[list[Kernel], list[Kernel]]
+) -> tuple[list[Exchange], list[Exchange]]:
     """Of tensor parallelism with shared tokens (a gather before and a reduction after each of the parts of a layer, the
-    gathers once more in backward) and of keys and values that pass around the ranks of a sample."""
+    gathers once more in backward) and of keys and values that pass around the ranks of a sample, `behind` the attention
+    of forward and of backward."""
     there, back = [], []
     if setup.tensor > 1:
         parts = 3 if shape.text else 2
@@ -200,9 +207,11 @@ def _exchanges(shape: TransformerShape, setup: Setup, again: bool) -> tuple[list
     if setup.context > 1:
         passed = setup.context - 1
         one = BF16 * 2 * setup.tokens * shape.kv / setup.tensor * passed
-        there.append(Exchange(one, passed, setup.context, setup.tensor, behind_attention=True))
-        back.append(Exchange(2 * one, 2 * passed, setup.context, setup.tensor, behind_attention=True))
-    return there, [*there, *back] if again else back
+        there.append(Exchange(one, passed, setup.context, setup.tensor, behind[0]))
+        back.append(Exchange(2 * one, 2 * passed, setup.context, setup.tensor, behind[1]))
+        if again:
+            back.append(dataclasses.replace(there[-1], behind=behind[1]))
+    return there, [*there[: setup.tensor > 1], *back] if again else back
 
 
 def head_stages(shape: TransformerShape, setup: Setup) -> tuple[list[Stage], list[Stage]]:

@@ -4,7 +4,7 @@ _TRAFFIC = ["tests/train/parallel/test_traffic.py", "-k", "its_formula_says"]
 # What is wrong: file, its text, what stands there instead; the tests that fail.
 SHARED_TOKENS = {
     "what Ulysses exchanged is sent again": (
-        "train/parallel/recompute.py", '"selective": [*ATTENTIONS, HEADS_FOR_TOKENS, TOKENS_FOR_HEADS]',
+        "train/parallel/recompute.py", '"selective": [*ATTENTIONS, *EXCHANGES]',
         '"selective": ATTENTIONS', _TRAFFIC,
     ),
     "a ring is computed and sent again": ("train/parallel/recompute.py", "    RING,\n", "", _TRAFFIC),
@@ -15,6 +15,21 @@ SHARED_TOKENS = {
     "a ring sums its parts in bfloat16": (
         "train/parallel/sequence/ring.py", "return torch.promote_types(dtype, torch.float32)", "return dtype",
         ["tests/train/parallel/sequence/test_ring.py"],
+    ),
+    "q leaves with k": (
+        "model/attention.py",
+        "        q = self.core.start(q, after=v)\n"
+        "        k = self.norm_k(self.k(y)).unflatten(-1, (self.num_heads, -1))  # [B, Lk, H, D]\n",
+        "        k = self.norm_k(self.k(y)).unflatten(-1, (self.num_heads, -1))  # [B, Lk, H, D]\n"
+        "        q = self.core.start(q, after=v)\n",
+        ["tests/train/parallel/sequence/test_ulysses.py"],
+    ),
+    "gradients that nobody needs travel for ever": (
+        "train/parallel/sequence/ulysses.py", "if not ctx.needs_input_grad[place]:", "if False:",
+        ["tests/train/parallel/sequence/test_ulysses.py"],
+    ),
+    "what Ulysses sends is waited for": (
+        "train/plan/kernels.py", "self.meanwhile[op] += travelling()", "pass", ["tests/train/plan/test_count.py"],
     ),
     "heads of a compiled block that come back in another order": (
         "train/parallel/sequence/ulysses.py", "received.view(len(shapes), *shapes[0])",

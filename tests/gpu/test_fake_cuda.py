@@ -85,7 +85,7 @@ def test_backwards_are_really_called(reports):
     def of(operator: str) -> str:
         return f"GeneratedBackwardFor_mova_sequence_{operator}_defaultBackward"
 
-    exchanges = {of("heads_for_tokens"), of("tokens_for_heads"), of("merge")}
+    exchanges = {of("send_heads"), of("receive_heads"), of("tokens_for_heads"), of("merge")}
     expected = {
         "step, ulysses and replicas": exchanges,
         "step, more ranks than heads": exchanges,

@@ -82,6 +82,20 @@ def test_in_float64_it_changes_no_bit():
         assert torch.equal(a, b)
 
 
+class SeenCore:
+    """A core that notes what it is given."""
+
+    def __init__(self, core, seen):
+        self.core, self.seen = core, seen
+
+    def start(self, x, after=None):
+        return x
+
+    def __call__(self, q, k, v, *more):
+        self.seen.add(("attention", q.dtype))
+        return self.core(q, k, v, *more)
+
+
 def test_states_are_float32_and_linears_and_attention_bfloat16():
     model, seen = filled(deep_config(2, pooled_adaln=True)), set()
     model.keep_residual(torch.float32)
@@ -91,8 +105,7 @@ def test_states_are_float32_and_linears_and_attention_bfloat16():
         elif isinstance(module, torch.nn.Linear) and ".time_" not in name and "blocks" in name + "conditioners":
             module.register_forward_pre_hook(lambda m, given: seen.add(("linear", given[0].dtype)))
         if hasattr(module, "core"):
-            core = module.core
-            module.core = lambda q, k, v, *more, core=core: seen.add(("attention", q.dtype)) or core(q, k, v, *more)
+            module.core = SeenCore(module.core, seen)
     ask(model, torch.bfloat16, 2)
     assert {one for one in seen if one[0] != "linear"} == {("state", torch.float32), ("attention", torch.bfloat16)}
     assert ("linear", torch.bfloat16) in seen

@@ -40,7 +40,7 @@ from train.parallel.flops import block_flops, bridge_flops
 from train.parallel.memory import LiveMemory
 from train.parallel.sequence.merge import FRAMES, MERGE
 from train.parallel.sequence.ring import RING
-from train.parallel.sequence.ulysses import HEADS_FOR_TOKENS, TOKENS_FOR_HEADS
+from train.parallel.sequence.ulysses import EXCHANGES
 from train.parallel.workload import Workload
 
 KINDS = ("none", "full", "attention", "selective")
@@ -56,7 +56,7 @@ ATTENTIONS = [  # every operator that computes attention
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_fused_attention_overrideable.default,
 ]
-KEPT = {"attention": ATTENTIONS, "selective": [*ATTENTIONS, HEADS_FOR_TOKENS, TOKENS_FOR_HEADS]}  # besides the inputs
+KEPT = {"attention": ATTENTIONS, "selective": [*ATTENTIONS, *EXCHANGES]}  # besides the inputs
 CHOSEN = ("none", "full", "attention")  # by budget, which counts FLOPs: what is sent again costs none
 GIB = 2**30
 
@@ -93,9 +93,16 @@ class KeptCore:
     def __init__(self, core: Callable[..., Tensor]) -> None:
         self.core = core
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def start(self, *inputs: Any, **keys: Any) -> Any:
+        """As `AttentionCore.start`."""
+        return self._within(self.core.start, *inputs, **keys)  # type: ignore[attr-defined]  # of an Attention's core
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._within(self.core, *inputs)
+
+    def _within(self, function: Callable[..., Any], *inputs: Any, **keys: Any) -> Any:
         with self.modes[-1] if self.modes else nullcontext():
-            return self.core(*inputs)
+            return function(*inputs, **keys)
 
 
 class _InCores:

@@ -52,12 +52,15 @@ REST = "rest"  # stems, time paths, heads and the loss
 class Pass:
     """What a unit does in its forward, or in its backward with what is computed again in it.
 
-    ops: kernels and how often each runs; sent: bytes that leave the rank by mesh axis; calls: collectives by axis;
-    peak: bytes of live tensors above those that were alive when it began, or began with its unit's kept ones; left:
-    above them when it has ended, negative where it freed them; lines: the kernels by line, where that was asked for.
+    ops: kernels and how often each runs; meanwhile: those of them, but for fused ones, that run while v and q travel to
+    other ranks, or their gradients (train/parallel/sequence/ulysses.py); sent: bytes that leave the rank by mesh axis;
+    calls: collectives by axis; peak: bytes of live tensors above those that were alive when it began, or began with its
+    unit's kept ones; left: above them when it has ended, negative where it freed them; lines: the kernels by line,
+    where that was asked for.
     """
 
     ops: Counter[Op] = field(default_factory=Counter)
+    meanwhile: Counter[Op] = field(default_factory=Counter)
     lines: Counter[tuple[SourceLine, Op]] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -269,6 +272,7 @@ def _rest(whole: UnitCounts, parts: list[UnitCounts], tables: int) -> UnitCounts
         for part in parts:
             one: Pass = getattr(part, name)
             left.ops, left.sent, left.calls = left.ops - one.ops, left.sent - one.sent, left.calls - one.calls
+            left.meanwhile = left.meanwhile - one.meanwhile
         left.lines = left_over(left.lines, [getattr(part, name).lines for part in parts])
         passes.append(left)
     return UnitCounts(passes[0], passes[1], tables + max(0, whole.kept - sum(part.kept for part in parts)))
@@ -322,7 +326,8 @@ class _Counting:
             calls[axis] += number
         memory = self.memory
         counted = self._ops
-        found = Pass(counted.ops, counted.lines, sent, calls, memory.peak - self._before, memory.live - self._before)
+        left = memory.live - self._before
+        found = Pass(counted.ops, +counted.meanwhile, counted.lines, sent, calls, memory.peak - self._before, left)
         self._before = memory.peak = memory.live
         self._begin()
         if self._entered:

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from model import fused
 from train.parallel import float8
 from train.parallel.sequence.operators import BODIES, run_body
+from train.parallel.sequence.ulysses import travelling
 from train.plan.lines import Finder, SourceLine
 
 # FLOPs of torch's attention on the CPU, which its registry lacks; backward computes the scores again.
@@ -56,7 +57,7 @@ class Op(NamedTuple):
 
 class OpCounter(TorchDispatchMode):
     """Counts kernels, their FLOPs and bytes; by line too, if `finder` is given. Views, and collectives
-    (CollectiveCounter's), are none."""
+    (CollectiveCounter's), are none. meanwhile: those that ran while tensors of an attention travelled."""
 
     entered: ClassVar[list[OpCounter]] = []
 
@@ -64,11 +65,13 @@ class OpCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.finder = finder
         self.ops: Counter[Op] = Counter()
+        self.meanwhile: Counter[Op] = Counter()
         self.lines: Counter[tuple[SourceLine, Op]] = Counter()
 
     def add(self, op: Op, line: SourceLine | None) -> None:
         """One more kernel."""
         self.ops[op] += 1
+        self.meanwhile[op] += travelling()
         if line is not None:
             self.lines[line, op] += 1
 

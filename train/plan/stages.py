@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from train.optimizer.adamw import AdamW
 from train.parallel.mesh import Layout, ParallelConfig
 from train.parallel.recompute import KEPT
 from train.plan.count import REST, Counts, Pass
+from train.plan.kernels import Op
 from train.plan.memory import UnitPart, Weights, blocks
 from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, StepTime, simulate
 
@@ -19,6 +21,7 @@ ADAMW, AVERAGE = 40, 12
 # attention cores: host time of a kernel over that of one without them, measured of "selective" on a CPU with tiny
 # widths and true depths (bench/results/host.md).
 SELECTIVE_HOST = 1.2
+EARLY = 0.5  # of what Ulysses sends: v and q of q, k, v and the answers, in forward, in backward and computed again
 
 
 def predict_step(
@@ -60,7 +63,7 @@ def stages(weights: Weights, counts: dict[str, Counts], layout: Layout) -> tuple
 
     def kernels_of(one: Pass) -> list[Kernel]:
         if id(one) not in kernels:
-            kernels[id(one)] = [Kernel(op.kind, op.flops, op.bytes, times) for op, times in one.ops.items()]
+            kernels[id(one)] = _kernels(one.ops)
         return kernels[id(one)]
 
     nothing = Pass()
@@ -91,15 +94,24 @@ def _passes(part: UnitPart, counts: dict[str, Counts]) -> tuple[Pass, Pass] | No
 def _exchanges(one: Pass, layout: Layout, hidden: float | None = None) -> list[Exchange]:
     """`hidden`: bytes of keys and values that pass along the ring while attention computes (None: all of the ring's);
     gradients of keys and values come after it."""
-    group = layout.sequence
-    ranks = {"ulysses": (group.ulysses, 1), "sequence": (group.size, 1)}
-    found = [Exchange(size, one.calls[axis], *ranks[axis]) for axis, size in one.sent.items() if axis in ranks]
+    group, calls = layout.sequence, one.calls
+    found = []
+    if size := one.sent["ulysses"]:
+        early = _kernels(one.meanwhile)
+        found.append(Exchange(EARLY * size, round(EARLY * calls["ulysses"]), group.ulysses, behind=early))
+        found.append(Exchange((1 - EARLY) * size, round((1 - EARLY) * calls["ulysses"]), group.ulysses))
+    if size := one.sent["sequence"]:
+        found.append(Exchange(size, calls["sequence"], group.size))
     if ring := one.sent["ring"]:
         behind = ring if hidden is None else min(ring, hidden)
-        calls = one.calls["ring"]
-        found.append(Exchange(behind, calls, group.ring, group.ulysses, behind_attention=True))
-        found.append(Exchange(ring - behind, calls, group.ring, group.ulysses))
+        attention = [kernel for kernel in _kernels(one.ops) if kernel.kind.startswith("attention")]
+        found.append(Exchange(behind, calls["ring"], group.ring, group.ulysses, attention))
+        found.append(Exchange(ring - behind, calls["ring"], group.ring, group.ulysses))
     return found
+
+
+def _kernels(ops: Counter[Op]) -> list[Kernel]:
+    return [Kernel(op.kind, op.flops, op.bytes, times) for op, times in ops.items()]
 
 
 def flops_by_kind(stages: Sequence[Stage]) -> dict[str, float]:

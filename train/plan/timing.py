@@ -6,10 +6,11 @@ compute; its gradients are reduced while the next one computes. FSDP2's rules, a
 - the gathers of the AHEAD units that follow a unit are issued when it begins, once its own weights were copied out, and
   run one after the other (train/parallel/parallelize.py);
 - a reduction is issued when its unit's backward has ended; the computing stream waits for the one before it first;
-- exchanges of sequence parallelism lie on the computing stream, which waits for them.
+- exchanges of sequence parallelism lie on the computing stream, which waits for them, but for what takes no longer than
+  the kernels that run meanwhile.
 
-On a CPU nothing runs beside the computation: gloo's threads take the same cores, and gathers and reductions are waited
-for.
+On a CPU nothing of FSDP2 and of Ulysses runs beside the computation: gloo's threads take the same cores, and gathers,
+reductions and exchanges are waited for.
 
 Everything here is predicted, nothing measured.
 """
@@ -46,13 +47,13 @@ class Kernel(NamedTuple):
 @dataclass(frozen=True)
 class Exchange:
     """Collectives of sequence parallelism. bytes: that leave the rank; calls: how many; ranks: that take part, `stride`
-    apart; behind_attention: the computing stream waits only for what takes longer than the unit's attention."""
+    apart; behind: kernels of the unit that run meanwhile; the computing stream waits for what takes longer."""
 
     bytes: float
     calls: int
     ranks: int
     stride: int = 1
-    behind_attention: bool = False
+    behind: Sequence[Kernel] = ()
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,10 @@ class _Streams:
         for kernel in stage.kernels:
             self.launches += kernel.times
             self._kernel(kernel, kernel.kind)
-        attention = sum(self._clock.kernel(one) for one in stage.kernels if one.kind.startswith("attention"))
         for exchange in stage.exchanges:
             self.launches += exchange.calls
-            hidden, taken = attention if exchange.behind_attention else 0.0, self._clock.exchange(exchange)
+            hidden = sum(self._clock.kernel(one) for one in exchange.behind) if self._clock.overlaps else 0.0
+            taken = self._clock.exchange(exchange)
             self.busy["collectives"] += taken
             self._compute("sequence parallelism", max(0.0, taken - hidden))
         if stage.reduce and reduces:

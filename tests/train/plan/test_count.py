@@ -87,6 +87,18 @@ def test_exchanges_are_those_of_the_formula(model: JointConfig, counts: dict[str
         assert found["to_audio"].forward.sent["sequence"] > 0
 
 
+def test_q_and_k_are_projected_while_v_and_q_travel(model: JointConfig, counts: dict[str, Counts]) -> None:
+    one = 2 * WORK.clips * (WORK.video_tokens(model) // 2) * model.video.dim**2  # FLOPs of a projection
+    for kind, found in counts.items():
+        forward, backward = (
+            sum(op.flops * times for op, times in each.meanwhile.items() if op.kind == "gemm")
+            for each in (found["video"].forward, found["video"].backward)
+        )
+        assert forward == 2 * one  # of q and k
+        assert backward == (4 + 2 * (kind in ("attention", "full"))) * one  # two each; again where they are sent again
+        assert not found["audio"].forward.meanwhile and not found["to_audio"].backward.meanwhile
+
+
 def test_what_is_computed_again_is_the_forward_once_more(counts: dict[str, Counts]) -> None:
     for shape in SHAPES:
         none, full = counts["none"][shape], counts["full"][shape]

@@ -106,10 +106,18 @@ def test_a_reduction_hides_behind_the_next_unit_and_the_last_is_waited_for() -> 
 
 def test_keys_and_values_pass_along_a_ring_behind_attention() -> None:
     kernels = [Kernel("attention", 10**12, 0)]  # 20 ms
-    hidden, longer = (Exchange(size, 1, 2, behind_attention=True) for size in (GB, 3 * GB))  # 10 and 30 ms
+    hidden, longer = (Exchange(size, 1, 2, behind=kernels) for size in (GB, 3 * GB))  # 10 and 30 ms
     for exchange, seconds in ((hidden, 0.020), (longer, 0.030), (Exchange(GB, 1, 2), 0.030)):
         found = simulate(Clock(sheet()), [Stage("a", kernels, [exchange])], [], Links(1, 1))
         assert found.device == pytest.approx(seconds, rel=1e-3)
+
+
+def test_an_exchange_is_waited_for_where_the_kernels_beside_it_end_first() -> None:
+    """20 ms of products, 8 of which run while 10 ms are sent; on a CPU they take the same cores."""
+    stage = Stage("a", products(20), [Exchange(GB, 1, 8, behind=products(8))])
+    for device, seconds in (("cuda", 0.022), ("cpu", 0.030)):
+        clock = Clock(dataclasses.replace(sheet(), device=device))
+        assert simulate(clock, [stage], [], Links(1, 1)).device == pytest.approx(seconds, rel=1e-3)
 
 
 def test_a_step_takes_as_long_as_its_host_where_that_is_longer() -> None:

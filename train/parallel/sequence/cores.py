@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from model.attention import DenseCore
+from model.attention import AttentionCore, DenseCore
 from model.backends.interface import Backend
 from model.backends.operator import key_of
 from model.block import Block
@@ -33,7 +34,7 @@ from model.bridge import Conditioner
 from model.joint import JointTransformer
 from train.parallel.sequence.merge import merged_attention, merged_frames
 from train.parallel.sequence.ring import ring_attention
-from train.parallel.sequence.ulysses import heads_for_tokens, tokens_for_heads
+from train.parallel.sequence.ulysses import receive_heads, send_heads, tokens_for_heads
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def shard_sequence(model: JointTransformer, group: SequenceGroup, backend: Backe
             conditioner.per_frame_pooling.attention.core = FrameMergeCore(shard, backend)
 
 
-class VideoCore:
+class VideoCore(AttentionCore):
     """Video self-attention over sharded tokens: q, k, v [B, l, H, D] of this rank's tokens -> [B, l, H, D]."""
 
     def __init__(self, shard: TokenShard, backend: Backend) -> None:
@@ -116,24 +117,32 @@ class VideoCore:
         self.row, self.column = divmod(group.position, group.ulysses)
         self.ulysses_group, self.ring_group = group.ulysses_group.group_name, group.ring_group.group_name
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = [self.shard.lengths[i * self.ulysses : (i + 1) * self.ulysses] for i in range(self.ring)]
-        # Tokens and heads of the ranks of this Ulysses row, and where this rank is among them.
-        where = rows[self.row], shares(q.shape[2], self.ulysses), self.column, self.ulysses_group
+    def start(self, x: Tensor, after: Any = None) -> Any:
+        """With Ulysses, v and q travel from now on."""
+        return send_heads(x, *self._where(x.shape[2]), after) if self.ulysses > 1 else x
+
+    def __call__(self, q: Any, k: Tensor, v: Any) -> Tensor:
+        where = self._where(k.shape[2])
         if self.ulysses > 1:
-            q, k, v = heads_for_tokens([q, k, v], *where)
+            q, k, v = receive_heads(q, k, v, *where)
         if self.ring > 1:
-            out = ring_attention(q, k, v, [sum(row) for row in rows], self.ring_group, self.backend)
+            out = ring_attention(q, k, v, [sum(row) for row in self._rows()], self.ring_group, self.backend)
         elif q.shape[2]:
             out = self.dense(q, k, v)
         else:  # more ranks than heads: this one has none, but takes part in the exchanges of backward
             out = q
-        if self.ulysses > 1:
-            (out,) = tokens_for_heads([out], *where)
-        return out
+        return tokens_for_heads(out, *where) if self.ulysses > 1 else out
+
+    def _rows(self) -> list[list[int]]:
+        """Tokens of the ranks of each Ulysses row."""
+        return [self.shard.lengths[i * self.ulysses : (i + 1) * self.ulysses] for i in range(self.ring)]
+
+    def _where(self, heads: int) -> tuple[list[int], list[int], int, str]:
+        """Tokens and heads of the ranks of this Ulysses row, where this rank is among them, and their group."""
+        return self._rows()[self.row], shares(heads, self.ulysses), self.column, self.ulysses_group
 
 
-class MergeCore:
+class MergeCore(AttentionCore):
     """Replicated queries over sharded keys: q [B, Lq, H, D] equal on all ranks, k and v [B, l, H, D] of this rank's
     tokens -> [B, Lq, H, D], equal on all ranks."""
 
