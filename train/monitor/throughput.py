@@ -19,9 +19,10 @@ from data.batch import Batch
 from data.clip import Bucket
 from data.loader.state import Seen
 from model.joint import JointConfig
-from train.parallel.flops import block_flops, bridge_flops, step_flops
+from train.parallel.flops import block_flops, block_outputs_flops, bridge_flops, bridge_outputs_flops, step_flops
 from train.parallel.mesh import Layout
 from train.parallel.parts import ALL
+from train.parallel.recompute import recomputed
 
 PEAKS = {  # dense bfloat16 TFLOP/s by words of the device's name; of several that fit the longest counts
     "GB300": 2500.0, "B300": 2250.0, "GB200": 2500.0, "B200": 2250.0, "GH200": 989.0,
@@ -108,20 +109,22 @@ def recomputed_flops(
 ) -> int:
     """FLOPs of one clip that backward recomputes. `units`: how many of a (shape, kind), both experts counted;
     `grid`, `audio_steps`: as of train.parallel.flops.forward_flops."""
-    costs = {}
+    costs = {}  # by shape: products, attention, products that "outputs" keeps
     if grid is not None:
         tokens_v = math.prod(grid) // math.prod(config.video.patch_size)
-        costs["video"] = block_flops(config.video, tokens_v, tokens_v, config.text_length)
+        flops = block_flops(config.video, tokens_v, tokens_v, config.text_length)
+        costs["video"] = *flops, block_outputs_flops(config.video, tokens_v)
     if audio_steps is not None:
         tokens_a = audio_steps // config.audio.patch_size[0]
-        costs["audio"] = block_flops(config.audio, tokens_a, tokens_a, config.text_length)
+        flops = block_flops(config.audio, tokens_a, tokens_a, config.text_length)
+        costs["audio"] = *flops, block_outputs_flops(config.audio, tokens_a)
     if grid is not None and audio_steps is not None:
-        costs["to_video"] = bridge_flops(tokens_v, config.video.dim, tokens_a, config.audio.dim)
-        costs["to_audio"] = bridge_flops(tokens_a, config.audio.dim, tokens_v, config.video.dim)
+        sides = {"to_video": (tokens_v, config.video.dim), "to_audio": (tokens_a, config.audio.dim)}
+        for (shape, x), y in zip(sides.items(), reversed(sides.values()), strict=True):
+            costs[shape] = *bridge_flops(*x, *y), bridge_outputs_flops(x[1], *y)
     total = 0
     for (shape, kind), count in units.items():
-        products, attention = costs.get(shape, (0, 0))
-        again = {"none": 0, "full": products + attention, "attention": products, "selective": products}[kind]
+        again = recomputed(kind, *costs.get(shape, (0, 0, 0)))
         total += count * again // (len(config.experts) if shape == "video" else 1)
     return total
 

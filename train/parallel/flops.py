@@ -109,6 +109,16 @@ def bridge_flops(queries: int, dim: int, keys: int, kv_dim: int) -> tuple[int, i
     return 4 * queries * dim**2 + 4 * keys * kv_dim * dim, 4 * queries * keys * dim
 
 
+def block_outputs_flops(config: TowerConfig, tokens: int) -> int:
+    """Of a block's products, that whose output is narrower than its input: the feed-forward's second one."""
+    return 2 * tokens * config.dim * config.ffn_dim if config.ffn_dim > config.dim else 0
+
+
+def bridge_outputs_flops(dim: int, keys: int, kv_dim: int) -> int:
+    """Of a Bridge direction's products, those whose output is narrower than its input: keys and values."""
+    return 4 * keys * kv_dim * dim if kv_dim > dim else 0
+
+
 def _tower(config: TowerConfig, tokens: int, text: int) -> int:
     d, patch = config.dim, math.prod(config.patch_size)
     stem = 2 * tokens * config.in_dim * patch * d + 2 * text * (config.text_dim * d + d**2)

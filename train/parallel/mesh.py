@@ -46,7 +46,7 @@ class ParallelConfig:
         does to a model (train/parallel/float8.py)
     attention: backend of attention (model/backends/choice.py); "auto": the fastest that works here
     deterministic: the same step gives the same bits on a GPU too, at a cost (train/engine/deterministic.py)
-    recompute: activation checkpointing: "none", "full", "attention", "selective" or "budget" (see
+    recompute: activation checkpointing: "none", "full", "attention", "outputs", "selective" or "budget" (see
         train/parallel/recompute.py)
     recompute_gib: GiB that a rank may keep for backward, with recompute=budget
     compile: backend of torch.compile for each block ("inductor"; "aot_eager" to find out quickly whether it compiles),

@@ -5,14 +5,17 @@
 - `attention`: attention outputs are kept too, those of a ring or a merge as one. At 43,000 tokens attention is more
   than half of a block's FLOPs, its output is one tensor of many: this saves most of the memory and avoids most of the
   recomputation.
-- `selective`: what Ulysses exchanges is kept too, four tensors a block of the size of its input: nothing is sent again.
-- `budget`: "none", "full" or "attention" for each block, such that a rank keeps at most so many GiB and recomputes the
-  fewest FLOPs.
+- `outputs`: of attention, and of linears that are narrower than their inputs, too: the feed-forward's second one, whose
+  FLOPs for each byte that it writes are the most of a block, and the Bridge's keys and values of the picture.
+- `selective`: attention, and what Ulysses exchanges, four tensors a block of the size of its input: nothing is sent
+  again.
+- `budget`: "none", "full", "attention" or "outputs" for each block, such that a rank keeps at most so many GiB and
+  recomputes the fewest FLOPs.
 
 No random number is drawn in a forward, so no generator state is saved or restored.
 
-torch keeps results by dispatch modes, which run Python for every operator. In eager mode only attention cores enter
-them: whatever is kept happens there.
+torch keeps results by dispatch modes, which run Python for every operator. In eager mode only attention cores and those
+linears enter them: whatever is kept happens there.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from core.errors import RunError
 from model.attention import Attention
@@ -36,14 +39,14 @@ from model.bridge import Conditioner, ProbeAttention
 from model.joint import JointConfig, JointTransformer
 from model.rope import Rotary
 from model.tower import Tower
-from train.parallel.flops import block_flops, bridge_flops
+from train.parallel.flops import block_flops, block_outputs_flops, bridge_flops, bridge_outputs_flops
 from train.parallel.memory import LiveMemory
 from train.parallel.sequence.merge import FRAMES, MERGE
 from train.parallel.sequence.ring import RING
 from train.parallel.sequence.ulysses import EXCHANGES
 from train.parallel.workload import Workload
 
-KINDS = ("none", "full", "attention", "selective")
+KINDS = ("none", "full", "attention", "outputs", "selective")
 _ATEN = torch.ops.aten
 ATTENTIONS = [  # every operator that computes attention
     ATTENTION,
@@ -56,8 +59,21 @@ ATTENTIONS = [  # every operator that computes attention
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_fused_attention_overrideable.default,
 ]
-KEPT = {"attention": ATTENTIONS, "selective": [*ATTENTIONS, *EXCHANGES]}  # besides the inputs
-CHOSEN = ("none", "full", "attention")  # by budget, which counts FLOPs: what is sent again costs none
+PRODUCTS = [_ATEN.mm.default, _ATEN.addmm.default]
+
+
+def _are_outputs(_: Any, operator: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:
+    """Whether an operator is attention, or a product [N, wide] x [wide, narrow]."""
+    kept = operator in ATTENTIONS or operator in PRODUCTS and inputs[-2].shape[1] > inputs[-1].shape[1]
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEPT: dict[str, Any] = {  # besides the inputs: operators, or a policy
+    "attention": ATTENTIONS,
+    "outputs": _are_outputs,
+    "selective": [*ATTENTIONS, *EXCHANGES],
+}
+CHOSEN = ("none", "full", "attention", "outputs")  # by budget, which counts FLOPs: what is sent again costs none
 GIB = 2**30
 
 
@@ -70,7 +86,7 @@ def recompute_activations(model: JointTransformer, kinds: list[str], compiled: b
 
 
 def checkpointed(unit: nn.Module, kind: str, compiled: bool) -> Callable[..., Any]:
-    """The unit's forward, checkpointed. Its attention cores are wrapped where they keep what they compute."""
+    """The unit's forward, checkpointed. What is kept is computed by attention cores and linears, which are wrapped."""
     forward: Callable[..., Any] = unit.forward
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "none":
@@ -82,6 +98,9 @@ def checkpointed(unit: nn.Module, kind: str, compiled: bool) -> Callable[..., An
         for module in unit.modules():
             if isinstance(module, Attention | ProbeAttention) and not isinstance(module.core, KeptCore):
                 module.core = KeptCore(module.core)  # type: ignore[assignment]  # one of the two kinds
+        for linear in narrowing(unit) if kind == "outputs" else ():
+            if "forward" not in linear.__dict__:
+                linear.forward = partial(KeptCore.within, linear.forward)  # type: ignore[method-assign]
     return lambda *arguments: checkpoint(forward, *arguments, **options)
 
 
@@ -95,13 +114,15 @@ class KeptCore:
 
     def start(self, *inputs: Any, **keys: Any) -> Any:
         """As `AttentionCore.start`."""
-        return self._within(self.core.start, *inputs, **keys)  # type: ignore[attr-defined]  # of an Attention's core
+        return self.within(self.core.start, *inputs, **keys)  # type: ignore[attr-defined]  # of an Attention's core
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._within(self.core, *inputs)
+        return self.within(self.core, *inputs)
 
-    def _within(self, function: Callable[..., Any], *inputs: Any, **keys: Any) -> Any:
-        with self.modes[-1] if self.modes else nullcontext():
+    @classmethod
+    def within(cls, function: Callable[..., Any], *inputs: Any, **keys: Any) -> Any:
+        """function(*inputs, **keys) in the mode of the innermost checkpoint."""
+        with cls.modes[-1] if cls.modes else nullcontext():
             return function(*inputs, **keys)
 
 
@@ -122,6 +143,11 @@ def _contexts_in_cores(kept: list[Any]) -> tuple[_InCores, _InCores]:
     """Of the forward and of the recomputation, for one checkpoint. `kept`: operators."""
     forward, again = create_selective_checkpoint_contexts(kept)
     return _InCores(forward), _InCores(again)
+
+
+def narrowing(unit: nn.Module) -> list[nn.Linear]:
+    """The linears of a unit whose output is narrower than their input."""
+    return [x for x in unit.modules() if isinstance(x, nn.Linear) and x.in_features > x.out_features]
 
 
 def units(model: JointTransformer) -> list[nn.Module]:
@@ -189,6 +215,15 @@ def choose_kinds(
     return kinds
 
 
+def recomputed(kind: str, products: int, attention: int, outputs: int) -> int:
+    """FLOPs that backward computes again, of those of a unit's forward. outputs: of its products, those of `narrowing`
+    linears."""
+    return {
+        "none": 0, "full": products + attention, "attention": products, "outputs": products - outputs,
+        "selective": products,
+    }[kind]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class UnitCost:
     """The cost of one unit in one step: bytes kept from forward to backward, FLOPs that backward recomputes."""
@@ -225,6 +260,7 @@ def unit_cost(
             inputs = x, text, torch.zeros(clips, 6, tower.dim), Rotary(table, table, interleaved=True)
             every = all_tokens if shape == "video" else steps
             products, attended = block_flops(tower, x.shape[1], every, config.text_length)
+            outputs = block_outputs_flops(tower, x.shape[1])
         else:
             x, y = (video, audio) if shape == "to_video" else (audio, video)
             pooled = config.bridge.pooled_adaln and shape == "to_audio"
@@ -233,10 +269,11 @@ def unit_cost(
             rotaries = [Rotary(table, table, interleaved=False) for table in tables]
             inputs = x, y, *rotaries, 1
             products, attended = bridge_flops(x.shape[1], x.shape[2], y.shape[1], y.shape[2])
+            outputs = bridge_outputs_flops(x.shape[2], y.shape[1], y.shape[2])
         for module in unit.modules():  # Module.to cannot replace fake parameters
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=compute)))
-        recompute = {"none": 0, "full": products + attended, "attention": products}[kind]
+        recompute = recomputed(kind, products, attended, outputs)
         forward = checkpointed(unit, kind, compiled=False)
         with LiveMemory() as memory:
             out = forward(*inputs)

@@ -79,8 +79,8 @@ def micro_batch_bytes(
 ) -> dict[str, float]:
     """Bytes that sequence parallelism sends for one micro-batch; compute, wide: bytes of an element.
 
-    A recomputed unit sends again what its forward sent and checkpointing did not keep: "attention" keeps rings and
-    merges, "selective" Ulysses' exchanges too.
+    A recomputed unit sends again what its forward sent and checkpointing did not keep: "attention" and "outputs" keep
+    rings and merges, "selective" Ulysses' exchanges too.
     """
     config, group, expert = model.config, layout.sequence, _trained_expert(model)
     passed = _in_backward(model, expert)
@@ -89,7 +89,7 @@ def micro_batch_bytes(
     questions = model.dual_tower_bridge.video_to_audio_conditioners.values()
     forward, backward = attention_bytes(config, layout, workload, compute, wide)
     merged = bridge_bytes(config, group.size, workload, wide)
-    again = {"ulysses": ("full", "attention"), "ring": ("full",)}  # the kinds that send it again
+    again = {"ulysses": ("full", "attention", "outputs"), "ring": ("full",)}  # the kinds that send it again
     backwards = sum(block in passed for block in blocks)
     found = {}
     for axis, kinds_again in again.items():

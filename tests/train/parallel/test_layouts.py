@@ -22,6 +22,7 @@ EVERY_TWO = {
     "fsdp, recomputed but attention, accumulated whole": Case(
         3, 1, {"recompute": "attention", "accumulate": "unsharded"}
     ),
+    "fsdp, recomputed but outputs": Case(5, 2, {"recompute": "outputs"}, steps=2),
     "fsdp, given": Case(3, 2, {}, "given", 2),
     "fsdp, mute": Case(3, 1, {}, "mute", 2),
     "fsdp, blind": Case(3, 2, {}, "blind", 2),
@@ -29,6 +30,7 @@ EVERY_TWO = {
     "replicas, 3 heads": Case(3, 2, {"dp_replicate": 2}),
     "ulysses 2, 12 heads, accumulated": Case(12, 2, {"ulysses": 2}),
     "ulysses 2, 3 heads, recomputed but attention": Case(3, 4, {"ulysses": 2, "recompute": "attention"}, steps=2),
+    "ulysses 2, 3 heads, recomputed but outputs": Case(3, 4, {"ulysses": 2, "recompute": "outputs"}, steps=2),
     "ulysses 2, 5 heads, given": Case(5, 2, {"ulysses": 2}, "given", 2),
     "ulysses 2, blind": Case(3, 2, {"ulysses": 2}, "blind", 2),
     "ulysses 2, compiled": Case(3, 4, {"ulysses": 2, "compile": "aot_eager"}),
@@ -39,7 +41,7 @@ EVERY_TWO = {
 TWO = chosen(
     EVERY_TWO,
     "fsdp, 12 heads", "fsdp, recomputed, accumulated", "fsdp, given", "fsdp, compiled", "replicas, 3 heads",
-    "ulysses 2, 12 heads, accumulated", "ulysses 2, 3 heads, recomputed but attention", "ring 2, 5 heads",
+    "ulysses 2, 12 heads, accumulated", "ulysses 2, 3 heads, recomputed but outputs", "ring 2, 5 heads",
 )  # fmt: skip
 EVERY_FOUR = {
     "fsdp 4, 12 heads": Case(12, 1, {}, steps=2),
@@ -259,7 +261,7 @@ def test_the_table_has_every_value_with_and_without_shared_tokens():
         assert {case.micro for _, case in table} >= {1, 2}
         assert {case.asked for _, case in table} == {"all", "given", "mute", "blind"}
         for key, values in {
-            "recompute": {None, "full", "attention", *(["selective"] if shared else [])},
+            "recompute": {None, "full", "attention", "outputs", *(["selective"] if shared else [])},
             "dp_replicate": {None, 2}, "compile": {None, "aot_eager"},
             "accumulate": {None, "unsharded"},
         }.items():  # fmt: skip

@@ -18,12 +18,12 @@ SHARED: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {  # on how man
 }
 CASES = chosen(
     {f"{shared}, {kind}": (SHARED[shared][0], shared, kind) for shared in SHARED for kind in KINDS},
-    "alone, attention", "ulysses, none", "ring, attention",
+    "alone, outputs", "ulysses, outputs", "ring, attention",
 )  # fmt: skip
 BY_INDUCTOR = chosen({"inductor, 1 bucket": (1,), "inductor": ()}, "inductor, 1 bucket")
 MANY = chosen({"buckets, alone": (1, {}, "full"), "buckets, ulysses": (2, {"ulysses": 2}, "none")}, "buckets, alone")
 EVEN = "ulysses, 12 heads"  # that the ranks divide, so they are split in the graph (ulysses.py)
-SENDS_AGAIN = {"all_to_all": ("full", "attention"), "rotations": ("full",)}
+SENDS_AGAIN = {"all_to_all": ("full", "attention", "outputs"), "rotations": ("full",)}
 
 
 @pytest.fixture(scope="module")
