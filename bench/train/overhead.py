@@ -159,7 +159,7 @@ def train_once(config: TrainConfig, kind: str, warm: int) -> Run:
                     return function(*arguments, **keys)
                 finally:
                     under_way.clear()
-                    if len(clocks) <= config.steps:  # the checkpoint at the end is no part of a step
+                    if len(clocks) < config.steps:  # the last one is not timed, and the end of the run no part of it
                         times = inside if len(clocks) > warm else before
                         times[what] += time.perf_counter() - begin
 
