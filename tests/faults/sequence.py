@@ -31,6 +31,10 @@ SHARED_TOKENS = {
     "what Ulysses sends is waited for": (
         "train/plan/kernels.py", "self.meanwhile[op] += travelling()", "pass", ["tests/train/plan/test_count.py"],
     ),
+    "the feed-forward's second product is computed again": (
+        "train/parallel/recompute.py", "operator in PRODUCTS and inputs[-2].shape[1] > inputs[-1].shape[1]", "False",
+        ["tests/train/plan/test_count.py"],
+    ),
     "heads of a compiled block that come back in another order": (
         "train/parallel/sequence/ulysses.py", "received.view(len(shapes), *shapes[0])",
         "received.view(len(shapes), *shapes[0]).flip(0)",
