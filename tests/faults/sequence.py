@@ -25,14 +25,27 @@ SHARED_TOKENS = {
         ["tests/train/parallel/sequence/test_ulysses.py"],
     ),
     "gradients that nobody needs travel for ever": (
-        "train/parallel/sequence/ulysses.py", "if not ctx.needs_input_grad[place]:", "if False:",
+        "train/parallel/sequence/ulysses.py", "_ticket(one) if needed else one.finish()[0].new_empty(1)",
+        "_ticket(one)",
         ["tests/train/parallel/sequence/test_ulysses.py"],
+    ),
+    "a compiled block writes over what is being sent": (
+        "train/parallel/sequence/ulysses.py", "if copied and sent.untyped", "if False and sent.untyped",
+        ["tests/train/parallel/sequence/test_ulysses.py"],
+    ),
+    "a compiled block forgets what it sends": (
+        "train/parallel/sequence/ulysses.py", "[x.detach()] if torch.compiler.is_compiling() else []", "[]",
+        ["tests/train/parallel/sequence/test_ulysses.py"],
+    ),
+    "answers' gradients leave before answers that are computed again": (
+        "train/parallel/sequence/ulysses.py", "HEADS_FOR_TOKENS(grad, *ctx.saved_tensors, *ctx.where)",
+        "HEADS_FOR_TOKENS(grad, grad, *ctx.where)", ["tests/train/parallel/sequence/test_ulysses.py"],
     ),
     "what Ulysses sends is waited for": (
         "train/plan/kernels.py", "self.meanwhile[op] += travelling()", "pass", ["tests/train/plan/test_count.py"],
     ),
     "the feed-forward's second product is computed again": (
-        "train/parallel/recompute.py", "operator in PRODUCTS and inputs[-2].shape[1] > inputs[-1].shape[1]", "False",
+        "train/parallel/recompute.py", "kept = inputs[place].shape[1] > inputs[place + 1].shape[1]", "pass",
         ["tests/train/plan/test_count.py"],
     ),
     "heads of a compiled block that come back in another order": (

@@ -110,12 +110,12 @@ def bridge_flops(queries: int, dim: int, keys: int, kv_dim: int) -> tuple[int, i
 
 
 def block_outputs_flops(config: TowerConfig, tokens: int) -> int:
-    """Of a block's products, that whose output is narrower than its input: the feed-forward's second one."""
-    return 2 * tokens * config.dim * config.ffn_dim if config.ffn_dim > config.dim else 0
+    """Of a block's products, the one whose output is narrower than its input: the feed-forward's second, usually."""
+    return 2 * tokens * config.dim * config.ffn_dim if config.ffn_dim != config.dim else 0
 
 
 def bridge_outputs_flops(dim: int, keys: int, kv_dim: int) -> int:
-    """Of a Bridge direction's products, those whose output is narrower than its input: keys and values."""
+    """Of a Bridge direction's products, those whose output is narrower than their input: keys and values."""
     return 4 * keys * kv_dim * dim if kv_dim > dim else 0
 
 

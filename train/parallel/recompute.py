@@ -5,8 +5,9 @@
 - `attention`: attention outputs are kept too, those of a ring or a merge as one. At 43,000 tokens attention is more
   than half of a block's FLOPs, its output is one tensor of many: this saves most of the memory and avoids most of the
   recomputation.
-- `outputs`: of attention, and of linears that are narrower than their inputs, too: the feed-forward's second one, whose
-  FLOPs for each byte that it writes are the most of a block, and the Bridge's keys and values of the picture.
+- `outputs`: attention, and the outputs of linears that are narrower than their inputs: of the feed-forward's second
+  one, whose FLOPs for each byte that it writes are the most of a block, and of the Bridge's keys and values of the
+  picture.
 - `selective`: attention, and what Ulysses exchanges, four tensors a block of the size of its input: nothing is sent
   again.
 - `budget`: "none", "full", "attention" or "outputs" for each block, such that a rank keeps at most so many GiB and
@@ -59,12 +60,14 @@ ATTENTIONS = [  # every operator that computes attention
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_fused_attention_overrideable.default,
 ]
-PRODUCTS = [_ATEN.mm.default, _ATEN.addmm.default]
+PRODUCTS = {_ATEN.mm.default: 0, _ATEN.addmm.default: 1, _ATEN._scaled_mm.default: 0}  # where their operands begin
 
 
 def _are_outputs(_: Any, operator: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:
     """Whether an operator is attention, or a product [N, wide] x [wide, narrow]."""
-    kept = operator in ATTENTIONS or operator in PRODUCTS and inputs[-2].shape[1] > inputs[-1].shape[1]
+    kept = operator in ATTENTIONS
+    if (place := PRODUCTS.get(operator)) is not None:
+        kept = inputs[place].shape[1] > inputs[place + 1].shape[1]
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -127,7 +130,7 @@ class KeptCore:
 
 
 class _InCores:
-    """A context whose mode is entered in cores only."""
+    """A context whose mode is entered in cores and wrapped linears only."""
 
     def __init__(self, mode: AbstractContextManager[Any]) -> None:
         self.mode = mode
@@ -139,8 +142,8 @@ class _InCores:
         KeptCore.modes.pop()
 
 
-def _contexts_in_cores(kept: list[Any]) -> tuple[_InCores, _InCores]:
-    """Of the forward and of the recomputation, for one checkpoint. `kept`: operators."""
+def _contexts_in_cores(kept: Any) -> tuple[_InCores, _InCores]:
+    """Of the forward and of the recomputation, for one checkpoint. `kept`: of KEPT."""
     forward, again = create_selective_checkpoint_contexts(kept)
     return _InCores(forward), _InCores(again)
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from model import fused
-from train.parallel import float8
+from train.parallel import float8, recompute
 from train.parallel.sequence.operators import BODIES, run_body
 from train.parallel.sequence.ulysses import travelling
 from train.plan.lines import Finder, SourceLine
@@ -139,6 +139,7 @@ def kernels_of(gpu: bool) -> Iterator[None]:
             stack.enter_context(patch.object(fused.RMSNorm, "forward", _rms_norm))
             stack.enter_context(patch.object(fused, "sums_in_kernel", lambda x: True))
             stack.enter_context(patch.object(float8, "scaled_product", lambda a, b: FLOAT8(a, b)))
+            stack.enter_context(patch.dict(recompute.PRODUCTS, {FLOAT8: 0}))
         yield
 
 

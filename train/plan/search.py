@@ -25,6 +25,7 @@ from train.plan.question import Question
 from train.plan.timing import PART_NAMES
 
 KINDS = ("none", "selective", "attention", "full")
+COUNTED = (*KINDS, "outputs")  # which a budget may choose; alone it is no candidate
 RINGS = (1, 2, 4)
 BEST = 10  # layouts that are shown
 VARIED = 3  # of the fastest layouts, those that the second round varies
@@ -46,7 +47,7 @@ def search(
     else:
         more = [_changed(plan.question, optimizer_state="host") for plan in plans if plan.layout["recompute"] == "full"]
     kinds = {plan.layout["recompute"] for plan in fitting[:VARIED]} or {"full"}
-    varied = _round(more, kinds, counted, processes, progress, "variations")
+    varied = _round(more, kinds | {"outputs"}, counted, processes, progress, "variations")
     for _ in range(FITS):
         again = [one for plan in varied if (one := with_budget(plan)) and plan.layout["recompute"] == "budget"]
         plans, varied = [*plans, *varied], _round(again, (), counted, processes, progress, "budgets")
@@ -158,7 +159,7 @@ def count_all(
         wanted[key_of(layout, workload, question.on_gpus)] = question, layout
     work = []
     for key, (question, layout) in wanted.items():
-        if missing := [kind for kind in KINDS if kind in kinds and kind not in counted.known.get(key, {})]:
+        if missing := [kind for kind in COUNTED if kind in kinds and kind not in counted.known.get(key, {})]:
             work.append((key, (question.config.model, layout, key[3], missing, key[4])))
     work.sort(key=lambda one: one[0][:2], reverse=True)  # long rings take the longest
     if processes < 2 or len(work) < 3:

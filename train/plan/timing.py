@@ -9,8 +9,8 @@ compute; its gradients are reduced while the next one computes. FSDP2's rules, a
 - exchanges of sequence parallelism lie on the computing stream, which waits for them, but for what takes no longer than
   the kernels that run meanwhile.
 
-On a CPU nothing of FSDP2 and of Ulysses runs beside the computation: gloo's threads take the same cores, and gathers,
-reductions and exchanges are waited for.
+On a CPU nothing runs beside the computation: gloo's threads take the same cores, and gathers, reductions and exchanges
+are waited for.
 
 Everything here is predicted, nothing measured.
 """

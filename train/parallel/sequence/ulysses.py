@@ -6,8 +6,9 @@ received in place.
 
 v and q leave as soon as they are there (`send_heads`) and travel while q and k are still projected, normed and turned;
 `receive_heads` exchanges k and waits for all. In backward it sends all three gradients, of which those of q and v
-travel while k's goes back through its projection, and are waited for by the backward of `send_heads`. One operator
-depends on the other, so that a compiler can change the order of exchanges on no rank.
+travel while k's goes back through its projection, and are waited for by the backward of `send_heads`. Each operator
+that sends depends on the one before, also where a backward computes and sends again, so that a compiler can change the
+order of exchanges on no rank.
 
 A compiled block splits the heads itself, where every rank has as many: in backward the kernel that turns q and k reads
 what arrives as it lies, and in forward a compiler may write it so. In eager mode that would be one more tensor to
@@ -44,10 +45,8 @@ def send_heads(
 
     tokens and heads: those of every rank of the group, in which this one is `rank`; after: what was sent before.
     """
-    held = []
-    if torch.compiler.is_compiling() and len(set(heads)) == 1:
-        x = x.unflatten(2, (len(heads), heads[0])).movedim(2, 0).contiguous()  # [ranks, B, l, h, D]
-        held = [x.detach()]
+    x = _split(x, heads)
+    held = [x.detach()] if torch.compiler.is_compiling() else []
     return Sent(SEND_HEADS(x, None if after is None else after.ticket, tokens, heads, rank, group), held)
 
 
@@ -55,12 +54,17 @@ def receive_heads(
     q: Sent, k: Tensor, v: Sent, tokens: list[int], heads: list[int], rank: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and v, which `send_heads` sent, and k [B, l, H, D]: each as [B, sum(tokens), h, D]."""
-    if torch.compiler.is_compiling() and len(set(heads)) == 1:
-        k = k.unflatten(2, (len(heads), heads[0])).movedim(2, 0).contiguous()
     out: tuple[Tensor, Tensor, Tensor] = RECEIVE_HEADS(
-        q.ticket, k, v.ticket, [*q.held, *v.held], tokens, heads, rank, group
+        q.ticket, _split(k, heads), v.ticket, [*q.held, *v.held], tokens, heads, rank, group
     )
     return out
+
+
+def _split(x: Tensor, heads: list[int]) -> Tensor:
+    """In a compiled block [ranks, B, l, h, D], if every rank has as many heads; else x [B, l, H, D]."""
+    if torch.compiler.is_compiling() and len(set(heads)) == 1:
+        x = x.unflatten(2, (len(heads), heads[0])).movedim(2, 0).contiguous()
+    return x
 
 
 def tokens_for_heads(x: Tensor, tokens: list[int], heads: list[int], rank: int, group: str) -> Tensor:
@@ -120,11 +124,16 @@ def _begin_heads(x: Tensor, tokens: list[int], heads: list[int], rank: int, grou
     return _begin(sent, away, [(batch, size, heads[rank], width) for size in tokens], group)
 
 
-def _begin_tokens(x: Tensor, tokens: list[int], heads: list[int], rank: int, group: str) -> _Exchange:
-    """x [B, sum(tokens), h, D]."""
+def _begin_tokens(
+    x: Tensor, tokens: list[int], heads: list[int], rank: int, group: str, copied: bool = False
+) -> _Exchange:
+    """x [B, sum(tokens), h, D]. copied: its memory may be written to at once."""
     batch, _, mine, width = x.shape
     away = [batch * size * mine * width for size in tokens]
-    return _begin(_in_parts(x, 1, tokens), away, [(batch, tokens[rank], size, width) for size in heads], group)
+    sent = _in_parts(x, 1, tokens)
+    if copied and sent.untyped_storage()._cdata == x.untyped_storage()._cdata:
+        sent = sent.clone()
+    return _begin(sent, away, [(batch, tokens[rank], size, width) for size in heads], group)
 
 
 def _tokens(received: Tensor, shapes: list[Shape], is_split: bool) -> Tensor:
@@ -145,13 +154,26 @@ def _receive_heads(
 
 
 def _send_tokens(
-    q: Tensor, k: Tensor, v: Tensor, tokens: list[int], heads: list[int], rank: int, group: str, is_split: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: list[int],
+    heads: list[int],
+    rank: int,
+    group: str,
+    is_split: bool,
+    is_compiled: bool,
+    needs_q: bool,
+    needs_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients; k's is waited for, of those of q and v tickets are returned."""
+    """Gradients; k's is waited for, of those of q and v tickets are returned, and what nobody needs is waited for too.
+    A compiled block uses their memory again."""
     first = _begin_tokens(k, tokens, heads, rank, group)
-    if is_split:  # of a compiled block, which uses their memory again
-        q, v = q.clone(), v.clone()
-    tickets = [_ticket(_begin_tokens(x, tokens, heads, rank, group)) for x in (q, v)]
+    others = [_begin_tokens(x, tokens, heads, rank, group, copied=is_compiled) for x in (q, v)]
+    tickets = [
+        _ticket(one) if needed else one.finish()[0].new_empty(1)
+        for one, needed in zip(others, (needs_q, needs_v), strict=True)
+    ]
     return tickets[0], _tokens(*first.finish(), is_split), tickets[1]
 
 
@@ -161,7 +183,7 @@ def _receive_tokens(
     return _tokens(*_finish(ticket), is_split)
 
 
-def _heads_for_tokens(x: Tensor, tokens: list[int], heads: list[int], rank: int, group: str) -> Tensor:
+def _heads_for_tokens(x: Tensor, after: Tensor, tokens: list[int], heads: list[int], rank: int, group: str) -> Tensor:
     return _joined(*_begin_heads(x, tokens, heads, rank, group).finish(), dim=1)
 
 
@@ -197,7 +219,7 @@ def _fake_heads(x: Tensor, tokens: list[int], heads: list[int], rank: int, group
 
 
 def _fake_tokens(
-    x: Tensor, tokens: list[int], heads: list[int], rank: int, group: str, is_split: bool = False
+    x: Tensor, tokens: list[int], heads: list[int], rank: int, group: str, is_split: bool = False, *_: bool
 ) -> Tensor:
     return _empty_tokens(x, x.shape[0], x.shape[3], tokens, heads, rank, is_split)
 
@@ -231,26 +253,24 @@ def _gradient_of_sent(ctx: Any, ticket: Tensor) -> tuple[Any, ...]:
 def _save_received(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, k, _, held, *ctx.where = inputs
     ctx.held = len(held)
-    ctx.is_split, ctx.shape = k.ndim == 5, (k.shape[k.ndim == 5], k.shape[-1])
+    ctx.is_split = k.ndim == 5
 
 
 def _gradients_of_received(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Sent on every rank, whatever is needed of them here."""
-    q, k, v = SEND_TOKENS(*grads, *ctx.where, ctx.is_split)
-    tickets = {0: q, 2: v}
-    for place, ticket in tickets.items():
-        if not ctx.needs_input_grad[place]:  # nobody else would receive it
-            RECEIVE_TOKENS(ticket, *ctx.shape, *ctx.where[:-1], ctx.is_split)
-            tickets[place] = None
-    return tickets[0], k, tickets[2], [None] * ctx.held, None, None, None, None
+    needs_q, _, needs_v, *_ = ctx.needs_input_grad
+    q, k, v = SEND_TOKENS(*grads, *ctx.where, ctx.is_split, ctx.held > 0, needs_q, needs_v)
+    return q if needs_q else None, k, v if needs_v else None, [None] * ctx.held, None, None, None, None
 
 
-def _save_where(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_answers(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)  # the projection that follows keeps it anyway
     ctx.where = inputs[1:]
 
 
-def _gradient_of_heads(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return HEADS_FOR_TOKENS(grad, *ctx.where), None, None, None, None
+def _gradient_of_answers(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """After what was sent for the answers, where backward has computed them again."""
+    return HEADS_FOR_TOKENS(grad, *ctx.saved_tensors, *ctx.where), None, None, None, None
 
 
 _SHARES = "SymInt[] tokens, SymInt[] heads, int rank"
@@ -263,17 +283,25 @@ SEND_HEADS = define(
 RECEIVE_HEADS = define(
     "receive_heads", f"({_QKV}, Tensor[] held, {_WHERE}) -> {_THREE}", _receive_heads, _fake_receive_heads
 )
-SEND_TOKENS = define("send_tokens", f"({_QKV}, {_WHERE}, bool is_split) -> {_THREE}", _send_tokens, _fake_send_tokens)
+SEND_TOKENS = define(
+    "send_tokens",
+    f"({_QKV}, {_WHERE}, bool is_split, bool is_compiled, bool needs_q, bool needs_v) -> {_THREE}",
+    _send_tokens,
+    _fake_send_tokens,
+)
 RECEIVE_TOKENS = define(
     "receive_tokens",
     f"(Tensor ticket, SymInt batch, SymInt width, {_SHARES}, bool is_split) -> Tensor",
     _receive_tokens,
     _empty_tokens,
 )
-HEADS_FOR_TOKENS = define("heads_for_tokens", f"(Tensor x, {_WHERE}) -> Tensor", _heads_for_tokens, _fake_heads)
+HEADS_FOR_TOKENS = define(
+    "heads_for_tokens", f"(Tensor x, Tensor after, {_WHERE}) -> Tensor", _heads_for_tokens,
+    lambda x, _, *where: _fake_heads(x, *where),
+)  # fmt: skip
 TOKENS_FOR_HEADS = define("tokens_for_heads", f"(Tensor x, {_WHERE}) -> Tensor", _tokens_for_heads, _fake_tokens)
 EXCHANGES = [SEND_HEADS, RECEIVE_HEADS, TOKENS_FOR_HEADS]  # of a forward
 # An exchange only moves numbers, so its gradient goes the way back.
 register_autograd(SEND_HEADS, _gradient_of_sent, setup_context=_save_sent, lib=LIBRARY)
 register_autograd(RECEIVE_HEADS, _gradients_of_received, setup_context=_save_received, lib=LIBRARY)
-register_autograd(TOKENS_FOR_HEADS, _gradient_of_heads, setup_context=_save_where, lib=LIBRARY)
+register_autograd(TOKENS_FOR_HEADS, _gradient_of_answers, setup_context=_save_answers, lib=LIBRARY)
