@@ -18,8 +18,8 @@ from train.plan.timing import HOST_COPY, Clock, Exchange, Kernel, Links, Stage, 
 # written.
 ADAMW, AVERAGE = 40, 12
 # Checkpointing that keeps attention enters dispatch modes where nothing is compiled, which run Python for operators of
-# attention cores: host time of a kernel over that of one without them, measured of "selective" on a CPU with tiny
-# widths and true depths (bench/results/host.md).
+# attention cores (and, with "outputs", of two linears, which is left out): host time of a kernel over that of one
+# without them, measured of "selective" on a CPU with tiny widths and true depths (bench/results/host.md).
 SELECTIVE_HOST = 1.2
 EARLY = 0.5  # of what Ulysses sends: v and q of q, k, v and the answers, in forward, in backward and computed again
 
