@@ -64,7 +64,7 @@ PRODUCTS = {_ATEN.mm.default: 0, _ATEN.addmm.default: 1, _ATEN._scaled_mm.defaul
 
 
 def _are_outputs(_: Any, operator: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:
-    """Whether an operator is attention, or a product [N, wide] x [wide, narrow]."""
+    """Attention and products [N, wide] x [wide, narrow] are saved."""
     kept = operator in ATTENTIONS
     if (place := PRODUCTS.get(operator)) is not None:
         kept = inputs[place].shape[1] > inputs[place + 1].shape[1]
@@ -108,7 +108,8 @@ def checkpointed(unit: nn.Module, kind: str, compiled: bool) -> Callable[..., An
 
 
 class KeptCore:
-    """An attention core that enters the dispatch mode of the checkpoint around it, if there is one."""
+    """An attention core that enters the dispatch mode of the checkpoint around it, if there is one. Linears use
+    `within` alone."""
 
     modes: ClassVar[list[AbstractContextManager[Any]]] = []  # of the checkpoints that run now, the innermost last
 
